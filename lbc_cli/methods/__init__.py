@@ -1,0 +1,110 @@
+"""The sparsification methods, and `attach`, which puts one to work.
+
+Adding a method: a file beside this one with a subclass of `base.Pruner` and its options, and a line in METHODS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from torch import nn
+from torch.optim import Optimizer
+
+from lbc_cli.errors import MethodError, did_you_mean
+from lbc_cli.methods.base import Pruner
+from lbc_cli.methods.dense import Dense, DenseOptions
+from lbc_cli.methods.lbc import Lbc, LbcOptions
+from lbc_cli.patterns import Pattern
+from lbc_cli.targets import Selection, find_targets
+
+__all__ = ["METHODS", "MethodInfo", "Pruner", "attach", "parse_options"]
+
+
+@dataclass(frozen=True, slots=True)
+class MethodInfo:
+    """A method as the registry knows it.
+
+    Attributes:
+        description: one line for people.
+        source: the paper.
+        options: the schema of its recipe options.
+        build: makes the pruner from (model, optimizer, selection, epochs, options).
+        sparse: whether it makes weights sparse at all.
+    """
+
+    description: str
+    source: str
+    options: type[BaseModel]
+    build: Callable[[nn.Module, Optimizer, Selection, int, Any], Pruner]
+    sparse: bool = True
+
+
+METHODS: dict[str, MethodInfo] = {
+    "lbc": MethodInfo("learn the best N of M combination by gradual removal", "NeurIPS 2022", LbcOptions, Lbc),
+    "dense": MethodInfo("dense training, the baseline", "-", DenseOptions, Dense, sparse=False),
+}
+
+
+def parse_options(method: str, options: Mapping[str, Any]) -> BaseModel:
+    """Check the options of a method.
+
+    Raises:
+        MethodError: for an unknown method or option, or a value of the wrong type, all problems in one message.
+    """
+    info = METHODS.get(method)
+    if info is None:
+        raise MethodError(f"unknown method {method!r}: one of {', '.join(METHODS)}.{did_you_mean(method, METHODS)}")
+    try:
+        return info.options.model_validate(dict(options))
+    except ValidationError as error:
+        known = info.options.model_fields
+        problems = [_problem(method, problem, known) for problem in error.errors()]
+        raise MethodError("; ".join(problems)) from None
+
+
+def _problem(method: str, problem: Any, known: Mapping[str, Any]) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"{method} has no option {key!r}: {', '.join(known) or 'it has none'}.{did_you_mean(key, known)}"
+    return f"{method} option {key} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def attach(
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    pattern: str | Pattern = "2:4",
+    method: str = "lbc",
+    epochs: int,
+    vector: int = 1,
+    layers: Mapping[str, str] | None = None,
+    **options: Any,
+) -> Pruner:
+    """Put a sparsification method to work on a model and its optimizer.
+
+    Call `begin_epoch(epoch)` at the start of every epoch, counted from 0, and train as ever: the model's own weights
+    are sparse between steps.
+
+    Args:
+        model: any module; DistributedDataParallel and torch.compile wrappers are looked through.
+        optimizer: trains the model; element-wise, such as SGD or AdamW.
+        pattern: N:M for the layers that can take it.
+        method: one of METHODS.
+        epochs: length of the run.
+        vector: V output channels share a mask.
+        layers: glob over layer names -> "N:M", "N:M/V" or "dense"; the last that matches wins.
+        **options: the method's own.
+
+    Raises:
+        PatternError, TargetError, MethodError: if pattern, layers, optimizer or options do not go together.
+    """
+    parsed = parse_options(method, options)
+    info = METHODS[method]
+    if epochs < 1:
+        raise MethodError(f"epochs = {epochs}: a run has at least one epoch")
+    wanted = pattern if isinstance(pattern, Pattern) else Pattern.parse(pattern, vector)
+    selection = find_targets(model, wanted, layers) if info.sparse else Selection((), ())
+    return info.build(model, optimizer, selection, epochs, parsed)

@@ -1,0 +1,447 @@
+"""Learning Best Combination: N:M sparsity by removing the worst-scored candidates of every group while training.
+
+Zhang, Lin, Lin, Luo, Li, Chao, Wu, Ji: "Learning Best Combination for Efficient N:M Sparsity", NeurIPS 2022.
+
+The paper keeps a learnable score for each of the C(M, N) candidates of a group, S in R^{G x C}. By Eq. 9-10 its
+gradient is the sum over the candidate's members, dL/dS_j = sum_{i in Theta_j} dL/dB_i with dL/dB_i = W_i dL/dW_i, and
+all S_j start equal. Every optimizer that is linear in the gradient (SGD with momentum, Nesterov, dampening, decay)
+therefore keeps, exactly and for ever,
+
+    S_j(t) = c(t) + sum_{i in Theta_j} a_i(t)
+
+with one score a per *weight*, updated by the same rule on dL/dB_i; c is common to a group and ranks nothing. So:
+
+    every step     a <- SGD(a, W * dL/dW)                                          (Eq. 9, 10, 12)
+    every epoch    keep the survivors(t) best of the candidates still alive         (Eq. 5, 6, Alg. 1 line 7)
+                   B_i = 1 while an alive candidate contains i; W <- B * W in place   (Eq. 7, 8)
+
+a = -sum lr * W * dL/dW is the score of movement pruning (Sanh, Wolf, Rush, NeurIPS 2020), here per N:M group and with
+removal that is final. With vector-wise masks a candidate's score is also summed over the V rows that share it.
+
+Deviations
+    * Removed is removed (Eq. 5): the authors' code lets momentum revive candidates.
+    * `rounding = "survivors"` rounds survivors up, as the authors' code does; "removals" is Eq. 6 to the letter.
+    * `removal = "weights"` removes single positions, N + ceil((M - N)(1-x)^3) left, where C(M, N) is too large to rank.
+      It equals the above at N = 1.
+    * Ties (all scores before the first real update) go to the larger sum of |w|, then to the earlier candidate; the
+      paper does not say. Position order alone would keep the same input channels everywhere and kill the others.
+    * With an optimizer other than SGD the scores keep Eq. 12's rule: a <- (1 - r/T) a - r W dL/dW, r = lr / peak lr, T
+      the score memory. Adam on S would not be linear, and is not what the paper analyses.
+    * `score_memory` T, in updates at peak learning rate, replaces the weights' decay for the scores; the paper's
+      settings amount to (1 - momentum) / (lr * decay) = 2,000.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+
+from lbc_cli import patterns
+from lbc_cli.errors import DivergenceError, MethodError
+from lbc_cli.methods import optimizers
+from lbc_cli.methods.base import Pruner, State
+from lbc_cli.patterns import Pattern
+from lbc_cli.schedules import Ramp
+from lbc_cli.targets import Selection, Target
+
+MAX_CANDIDATES = 12_870  # C(16, 8): one bit for each is 100 bytes per weight
+PAPER_MEMORY = 2_000.0
+_CHUNK = 1 << 21  # candidate scores ranked at a time: 16 MiB in float64
+
+
+class LbcOptions(BaseModel):
+    """What a recipe may say of LBC."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    t_i: Annotated[int, Field(ge=0)] = Field(default=0, description="last epoch at which every candidate is alive")
+    t_f: Annotated[int, Field(ge=0)] | None = Field(
+        default=None, description="first epoch at which one candidate is left; left out: half the epochs"
+    )
+    rounding: Literal["survivors", "removals"] = Field(
+        default="survivors", description="which count of Eq. 6 is rounded up"
+    )
+    removal: Literal["candidates", "weights"] = Field(
+        default="candidates", description="remove whole candidates (the paper) or single weights (any N:M)"
+    )
+    score_memory: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="updates that a score remembers; left out: the optimizer's decay (SGD) or 2000"
+    )
+
+
+@dataclass(slots=True, eq=False)
+class LbcState:
+    """What LBC holds of one weight of shape [O, I, *K].
+
+    Attributes:
+        count: candidates (or positions) alive in each group.
+        score: a, shape of the weight, float32 or wider; None once every group is decided.
+        momentum: the score's momentum, shape of the weight; None until the optimizer has one.
+        alive: bits of `patterns.pack_bits`, uint8 [G, ceil(C/8)]; None while all are alive and once one is left.
+        removed: bool, shape of the weight; None until something is removed.
+    """
+
+    count: int
+    score: Tensor | None
+    momentum: Tensor | None = None
+    alive: Tensor | None = None
+    removed: Tensor | None = None
+
+
+def sgd_step_(
+    score: Tensor,
+    momentum: Tensor | None,
+    weight: Tensor,
+    grad: Tensor,
+    *,
+    lr: float,
+    mu: float,
+    dampening: float,
+    decay: float,
+    nesterov: bool,
+) -> Tensor | None:
+    """One step of torch's SGD on the scores, with gradient W * dL/dW, in place and without temporaries.
+
+    d = W dL/dW + decay a;  m <- mu m + (1 - dampening) d  (m = d at first);  a <- a - lr (m, or d + mu m with Nesterov)
+
+    Args:
+        score: a, any shape.
+        momentum: m, or None before the first step.
+        weight: W, shape of the score.
+        grad: dL/dW, shape of the score.
+        lr: learning rate of this step.
+        mu: momentum factor.
+        dampening: of the momentum.
+        decay: of the scores.
+        nesterov: look ahead.
+
+    Returns:
+        The momentum to pass next time; None when `mu` is 0.
+    """
+    if mu == 0:
+        score.mul_(1 - lr * decay).addcmul_(weight, grad, value=-lr)
+        return None
+    if momentum is None:
+        momentum = torch.zeros_like(score)
+        dampening = 0.0
+    share = 1 - dampening
+    momentum.mul_(mu).add_(score, alpha=share * decay).addcmul_(weight, grad, value=share)
+    if nesterov:
+        score.mul_(1 - lr * decay).addcmul_(weight, grad, value=-lr)
+        score.add_(momentum, alpha=-lr * mu)
+    else:
+        score.add_(momentum, alpha=-lr)
+    return momentum
+
+
+def remove_candidates(weight: Tensor, score: Tensor, alive: Tensor | None, keep: int, pattern: Pattern) -> Tensor:
+    """Alg. 1, line 7: keep the `keep` best-scored candidates of every group that are still alive.
+
+    Args:
+        weight: [O, I, *K]; its magnitudes break ties.
+        score: a, shape of the weight.
+        alive: uint8 [G, ceil(C/8)] bits, or None: all are.
+        keep: survivors in each group.
+        pattern: N:M and vector length.
+
+    Returns:
+        uint8 [G, ceil(C/8)]: the bits of those now alive, a subset.
+    """
+    table = patterns.candidates(pattern, weight.device)
+    values = patterns.to_groups(score, pattern).to(torch.float64).sum(dim=1)
+    magnitudes = patterns.to_groups(weight, pattern).to(torch.float64).abs().sum(dim=1)
+    chunks = []
+    rows = max(1, _CHUNK // len(table))
+    for start in range(0, len(values), rows):
+        part = slice(start, start + rows)
+        sums = patterns.candidate_sums(values[part], table)
+        living = torch.ones_like(sums, dtype=torch.bool)
+        if alive is not None:
+            living = patterns.unpack_bits(alive[part], len(table))
+        chunks.append(patterns.pack_bits(_keep(sums, living, keep, magnitudes[part], table)))
+    return torch.cat(chunks)
+
+
+def _keep(sums: Tensor, living: Tensor, keep: int, magnitudes: Tensor, table: Tensor) -> Tensor:
+    def by_magnitude(tied: Tensor) -> Tensor:
+        return patterns.candidate_sums(magnitudes[tied], table)
+
+    return patterns.keep_best(sums, living, keep, tie=by_magnitude)
+
+
+def mask_of_candidates(alive: Tensor, shape: Sequence[int], pattern: Pattern) -> Tensor:
+    """Eq. 8 over a whole weight.
+
+    Args:
+        alive: uint8 [G, ceil(C/8)] bits.
+        shape: [O, I, *K] of the weight.
+        pattern: N:M and vector length.
+
+    Returns:
+        bool [O, I, *K]: the weights that an alive candidate contains.
+    """
+    table = patterns.candidates(pattern, alive.device)
+    rows = max(1, _CHUNK // len(table))
+    parts = [
+        patterns.positions_of(patterns.unpack_bits(alive[start : start + rows], len(table)), table, pattern.m)
+        for start in range(0, len(alive), rows)
+    ]
+    return patterns.from_groups(torch.cat(parts)[:, None], shape, pattern)
+
+
+def remove_weights(weight: Tensor, score: Tensor, removed: Tensor | None, keep: int, pattern: Pattern) -> Tensor:
+    """`removal = "weights"`: keep the `keep` best-scored positions of every group that are still there.
+
+    Args:
+        weight: [O, I, *K]; its magnitudes break ties.
+        score: a, shape of the weight.
+        removed: bool, shape of the weight, or None.
+        keep: positions left in each group, at least N.
+        pattern: N:M and vector length.
+
+    Returns:
+        bool [O, I, *K]: the weights that stay.
+    """
+    values = patterns.to_groups(score, pattern).to(torch.float64).sum(dim=1)
+    magnitudes = patterns.to_groups(weight, pattern).to(torch.float64).abs().sum(dim=1)
+    living = torch.ones_like(values, dtype=torch.bool)
+    if removed is not None:
+        living = ~patterns.to_groups(removed, pattern)[:, 0]
+    kept = patterns.keep_best(values, living, keep, tie=lambda tied: magnitudes[tied])
+    return patterns.from_groups(kept[:, None], weight.shape, pattern)
+
+
+@lru_cache(maxsize=4096)
+def expected_density(pattern: Pattern, survivors: int, samples: int = 512) -> float:
+    """Share of a group's positions that `survivors` candidates cover, for planning.
+
+    Exact where it does not depend on the scores (one, all, or N = 1); otherwise the mean over groups of independent
+    normal weight scores, always the same ones.
+    """
+    total = pattern.num_candidates
+    if pattern.n == 1 or survivors in (1, total):
+        return survivors / total if pattern.n == 1 else (pattern.density if survivors == 1 else 1.0)
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(samples, pattern.m, generator=generator, dtype=torch.float64)
+    table = patterns.candidates(pattern)
+    sums = patterns.candidate_sums(scores, table)
+    alive = patterns.keep_best(sums, torch.ones_like(sums, dtype=torch.bool), survivors)
+    return patterns.positions_of(alive, table, pattern.m).double().mean().item()
+
+
+class Lbc(Pruner):
+    """LBC at work: one score per weight, the surviving candidates as bits, weights masked in place.
+
+    Raises:
+        MethodError: for an impossible schedule, or more candidates than can be ranked.
+    """
+
+    method: ClassVar[str] = "lbc"
+
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer, selection: Selection, epochs: int, options: LbcOptions
+    ) -> None:
+        self.options = options
+        self.ramp = Ramp.over(epochs, options.t_i, options.t_f, options.rounding)
+        if options.removal == "candidates":
+            for target in selection.targets:
+                _check_candidates(target)
+        super().__init__(optimizer, selection, epochs)
+        self._peaks = [optimizers.peak_lr(group) for group in optimizer.param_groups]
+        self._state = {t.name: LbcState(self._total(t.pattern), _new_score(t.weight)) for t in self.targets}
+
+    def removed(self, target: Target) -> Tensor | None:
+        """Where the weight of `target` is removed for good."""
+        return self._state[target.name].removed
+
+    @property
+    def phase(self) -> Literal["training", "final"]:
+        """Final once one candidate is left in every group."""
+        final = all(self._state[t.name].count == self._final(t.pattern) for t in self.targets)
+        return "final" if final else "training"
+
+    def planned_survivors(self, epoch: int) -> dict[str, int]:
+        """Pattern -> candidates (or positions) of a group alive at `epoch`."""
+        return {str(p): self._survivors(p, epoch) for p in dict.fromkeys(t.pattern for t in self.targets)}
+
+    def planned_density(self, epoch: int) -> float:
+        """Expected share of weights kept at `epoch`: exact before t_i and from t_f on, simulated between."""
+        total = sum(t.weight.numel() for t in self.targets)
+        kept = sum(t.weight.numel() * self._expected(t.pattern, epoch) for t in self.targets)
+        return kept / total if total else 1.0
+
+    def planned_memory(self) -> dict[str, int]:
+        """Peak bytes: scores, their momentum, candidate bits, and the mask at a byte per weight."""
+        momentum = {t.name for t in self.targets if self._group(t).get("momentum", 0) and self._linear}
+        sizes = {t.name: t.weight.numel() * _score_dtype(t.weight).itemsize for t in self.targets}
+        bits = sum(
+            patterns.num_groups(t.weight.shape, t.pattern) * -(-t.pattern.num_candidates // 8) for t in self.targets
+        )
+        return {
+            "score": sum(sizes.values()),
+            "momentum": sum(sizes[name] for name in momentum),
+            "candidates": bits if self.options.removal == "candidates" else 0,
+            "mask": sum(t.weight.numel() for t in self.targets),
+        }
+
+    def memory_bytes(self) -> dict[str, int]:
+        """Bytes held now."""
+        states = list(self._state.values())
+        return {
+            "score": _bytes(s.score for s in states),
+            "momentum": _bytes(s.momentum for s in states),
+            "candidates": _bytes(s.alive for s in states),
+            "mask": _bytes(s.removed for s in states),
+        }
+
+    # The method.
+
+    def _learn(self, targets: Sequence[Target], grads: Sequence[Tensor], group: dict[str, Any]) -> None:
+        lr = float(group["lr"])
+        peak = self._peak(targets[0], group)
+        sign = -1.0 if group.get("maximize") else 1.0
+        for target, grad in zip(targets, grads, strict=True):
+            state = self._state[target.name]
+            if state.score is None:
+                continue
+            weight = target.weight.detach()
+            if state.score.dtype != weight.dtype:
+                weight, grad = weight.to(state.score.dtype), grad.to(state.score.dtype)
+            if self._linear:
+                state.momentum = self._sgd(state, weight, grad * sign if sign < 0 else grad, group, peak)
+            else:
+                rate = lr / peak if peak else 0.0
+                memory = self.options.score_memory or PAPER_MEMORY
+                state.score.mul_(1 - rate / memory).addcmul_(weight, grad, value=-rate * sign)
+
+    def _peak(self, target: Target, group: dict[str, Any]) -> float:
+        """The peak learning rate: what the group says, or the largest it was ever seen to have."""
+        number = self._group_of[target.name]
+        self._peaks[number] = max(self._peaks[number], optimizers.peak_lr(group))
+        return self._peaks[number]
+
+    def _sgd(self, state: LbcState, weight: Tensor, grad: Tensor, group: dict[str, Any], peak: float) -> Tensor | None:
+        assert state.score is not None
+        mu, decay = float(group["momentum"]), float(group["weight_decay"])
+        if self.options.score_memory is not None:
+            decay = (1 - mu) / (peak * self.options.score_memory) if peak else 0.0
+        return sgd_step_(
+            state.score,
+            state.momentum,
+            weight,
+            grad,
+            lr=float(group["lr"]),
+            mu=mu,
+            dampening=float(group["dampening"]),
+            decay=decay,
+            nesterov=bool(group["nesterov"]),
+        )
+
+    def _schedule(self, epoch: int) -> None:
+        for target in self.targets:
+            keep = self._survivors(target.pattern, epoch)
+            if keep < self._state[target.name].count:
+                self._remove(target, keep)
+
+    def _remove(self, target: Target, keep: int) -> None:
+        """Remove down to `keep` survivors a group, and clear every memory of what is gone."""
+        state, weight, pattern = self._state[target.name], target.weight.detach(), target.pattern
+        assert state.score is not None
+        if not bool(state.score.isfinite().all()):
+            raise DivergenceError(
+                f"scores of {target.name} are not finite: training diverged before this epoch; lower the learning rate "
+                f"or clip the gradients"
+            )
+        if self.options.removal == "candidates":
+            state.alive = remove_candidates(weight, state.score, state.alive, keep, pattern)
+            kept = mask_of_candidates(state.alive, weight.shape, pattern)
+        else:
+            kept = remove_weights(weight, state.score, state.removed, keep, pattern)
+        # The weight's own memory format, or every masked_fill_ on a channels-last model would be strided.
+        state.removed = torch.empty_like(weight, dtype=torch.bool).copy_(~kept)
+        state.count = keep
+        if keep == self._final(pattern):
+            state.score = state.momentum = state.alive = None
+        self._restore(target)
+        optimizers.clear_state(self._optimizer, target.weight, state.removed)
+        if target.weight.grad is not None:
+            target.weight.grad.masked_fill_(state.removed, 0)
+
+    def _method_state(self) -> State:
+        fields = ("count", "score", "momentum", "alive", "removed")
+        states = {name: {field: getattr(s, field) for field in fields} for name, s in self._state.items()}
+        return {"options": self.options.model_dump(), "peaks": list(self._peaks), "weights": states}
+
+    def _load_method_state(self, state: State) -> None:
+        saved = LbcOptions.model_validate(state["options"])
+        if saved != self.options:
+            raise MethodError(f"saved run has LBC options {saved!r}, this one {self.options!r}: resume with the same")
+        self._peaks = list(state["peaks"])
+        for target in self.targets:
+            fields = state["weights"][target.name]
+            tensors = {k: None if v is None else _like(target.weight, v) for k, v in fields.items() if k != "count"}
+            self._state[target.name] = LbcState(count=fields["count"], **tensors)
+
+    # The numbers of a pattern under the options.
+
+    @property
+    def _linear(self) -> bool:
+        return type(self._optimizer) is SGD
+
+    def _group(self, target: Target) -> dict[str, Any]:
+        return self._optimizer.param_groups[self._group_of[target.name]]
+
+    def _total(self, pattern: Pattern) -> int:
+        return pattern.num_candidates if self.options.removal == "candidates" else pattern.m
+
+    def _final(self, pattern: Pattern) -> int:
+        return 1 if self.options.removal == "candidates" else pattern.n
+
+    def _survivors(self, pattern: Pattern, epoch: int) -> int:
+        return self.ramp.survivors(epoch, self._total(pattern), self._final(pattern))
+
+    def _expected(self, pattern: Pattern, epoch: int) -> float:
+        left = self._survivors(pattern, epoch)
+        if self.options.removal == "weights":
+            return left / pattern.m
+        return expected_density(pattern.with_vector(1), left)
+
+
+def _check_candidates(target: Target) -> None:
+    pattern = target.pattern
+    count = pattern.num_candidates
+    if count > MAX_CANDIDATES:
+        per_weight = count / (8 * pattern.m * pattern.vector)
+        total = per_weight * target.weight.numel()
+        raise MethodError(
+            f"{pattern} has {count:,} candidates per group: {per_weight:,.0f} bytes of bookkeeping per weight, "
+            f"{total / 1e9:,.0f} GB for {target.name} alone (limit {MAX_CANDIDATES:,} candidates); set the method "
+            f'option removal = "weights"'
+        )
+
+
+def _score_dtype(weight: Tensor) -> torch.dtype:
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def _new_score(weight: Tensor) -> Tensor:
+    return torch.zeros_like(weight, dtype=_score_dtype(weight), requires_grad=False)
+
+
+def _like(weight: Tensor, saved: Tensor) -> Tensor:
+    """A saved tensor on the weight's device and, where it has its shape, in its memory format. Always a copy."""
+    if saved.shape != weight.shape:
+        return saved.to(weight.device, copy=True)
+    return torch.empty_like(weight, dtype=saved.dtype, requires_grad=False).copy_(saved)
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(math.prod(t.shape) * t.element_size() for t in tensors if t is not None)

@@ -1,0 +1,148 @@
+"""Slow oracles, written from the paper and sharing no code with `lbc_cli`.
+
+`PaperLbc` trains with the paper's materialised score matrix S in R^{G x C} (Alg. 1): S is a real parameter of a real
+torch optimizer, the weights stay dense under a mask, and removal is permanent. `candidates="weights"` gives every
+single position a score of its own instead, the oracle of `removal = "weights"`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable
+from fractions import Fraction
+
+import torch
+from torch import Tensor, nn
+
+
+def survivors(t: int, t_i: int, t_f: int, total: int, final: int, rounding: str) -> int:
+    """Eq. 6 with exact fractions, from its definition."""
+    if t >= t_f:
+        return final
+    if t <= t_i:
+        return total
+    x = Fraction(t - t_i, t_f - t_i)
+    if rounding == "removals":
+        return total - math.ceil((total - final) * (1 - (1 - x) ** 3))
+    return final + math.ceil((total - final) * (1 - x) ** 3)
+
+
+def group_indices(shape: tuple[int, ...], m: int, v: int) -> Tensor:
+    """Flat indices of every group of V x M weights, [G, V, M], ordered by (o, k, i), by plain loops."""
+    out, inp, *kernel = shape
+    place = torch.arange(math.prod(shape)).reshape(shape)
+    groups = []
+    for o in range(0, out, v):
+        for k in itertools.product(*(range(size) for size in kernel)):
+            for i in range(0, inp, m):
+                groups.append([[int(place[(o + row, i + column, *k)]) for column in range(m)] for row in range(v)])
+    return torch.tensor(groups)
+
+
+class PaperLayer:
+    """Scores, candidates and mask of one weight."""
+
+    def __init__(self, weight: Tensor, n: int, m: int, v: int, singles: bool) -> None:
+        self.groups = group_indices(tuple(weight.shape), m, v)
+        size = 1 if singles else n
+        self.subsets = list(itertools.combinations(range(m), size))
+        self.final = n if singles else 1
+        self.scores = nn.Parameter(torch.ones(len(self.groups), len(self.subsets), dtype=torch.float64))
+        self.alive = [set(range(len(self.subsets))) for _ in self.groups]
+        self.mask = torch.ones_like(weight)
+
+    def score_gradient(self, weight: Tensor, grad: Tensor) -> Tensor:
+        """Eq. 9-10: dL/dS_j = sum of W * dL/dW over the members of candidate j (and the rows that share it)."""
+        per_position = (weight * grad).flatten()[self.groups].sum(dim=1)
+        return torch.stack([per_position[:, list(subset)].sum(dim=1) for subset in self.subsets], dim=1)
+
+    def remove(self, weight: Tensor, keep: int) -> None:
+        """Alg. 1, line 7, one group after the other; ties by magnitude, then by position."""
+        magnitude = weight.detach().abs().flatten()[self.groups].sum(dim=1)
+        scores = self.scores.detach().tolist()
+        for g, living in enumerate(self.alive):
+            if keep < len(living):
+                size = {j: sum(float(magnitude[g, i]) for i in self.subsets[j]) for j in living}
+                ranked = sorted(living, key=lambda j: (-scores[g][j], -size[j], j))
+                self.alive[g] = set(ranked[:keep])
+        mask = torch.zeros(self.mask.numel(), dtype=self.mask.dtype)
+        for g, living in enumerate(self.alive):
+            for position in {i for j in living for i in self.subsets[j]}:
+                mask[self.groups[g, :, position]] = 1
+        self.mask = mask.reshape(self.mask.shape)
+
+
+class PaperLbc:
+    """The paper's algorithm around a copy of a model.
+
+    Args:
+        model: its parameters stay dense; the masks are applied in the forward pass.
+        targets: parameter name -> (n, m, v).
+        make_optimizer: builds the optimizer of the weights from their list.
+        t_i, t_f, rounding, singles: the schedule and what is removed.
+        rule: "sgd": S has the same SGD as the weights; otherwise (peak lr, memory) of a <- (1 - r/T) a - r dL/dS.
+        score_decay: weight decay on S, where it differs from the weights'.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: dict[str, tuple[int, int, int]],
+        make_optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer],
+        *,
+        t_i: int,
+        t_f: int,
+        rounding: str = "survivors",
+        singles: bool = False,
+        rule: str | tuple[float, float] = "sgd",
+        score_decay: float | None = None,
+    ) -> None:
+        self.model = model
+        self.weights = dict(model.named_parameters())
+        self.layers = {name: PaperLayer(self.weights[name], *nmv, singles) for name, nmv in targets.items()}
+        self.optimizer = make_optimizer(list(self.weights.values()))
+        self.rule = rule
+        self.score_optimizer = make_optimizer([layer.scores for layer in self.layers.values()])
+        if score_decay is not None:
+            self.score_optimizer.param_groups[0]["weight_decay"] = score_decay
+        self.when = (t_i, t_f)
+        self.rounding = rounding
+
+    def begin_epoch(self, epoch: int) -> None:
+        for name, layer in self.layers.items():
+            keep = survivors(epoch, *self.when, len(layer.subsets), layer.final, self.rounding)
+            layer.remove(self.weights[name], keep)
+
+    def effective(self) -> dict[str, Tensor]:
+        """Eq. 7: B * W, the weights the forward pass uses."""
+        masks = {name: layer.mask for name, layer in self.layers.items()}
+        return {name: w.detach() * masks[name] if name in masks else w.detach() for name, w in self.weights.items()}
+
+    def backward(self, loss_of: Callable[[Callable[..., Tensor]], Tensor]) -> None:
+        """Accumulate the gradients of one batch."""
+        leaves = {name: value.requires_grad_() for name, value in self.effective().items()}
+        loss = loss_of(lambda *inputs: torch.func.functional_call(self.model, leaves, inputs))
+        grads = torch.autograd.grad(loss, list(leaves.values()))
+        for (name, weight), grad in zip(self.weights.items(), grads, strict=True):
+            masked = grad * self.layers[name].mask if name in self.layers else grad
+            weight.grad = masked if weight.grad is None else weight.grad + masked
+
+    def step(self, lr: float, clip: float = 0.0) -> None:
+        """Clip, update S (Eq. 12) and W, clear the gradients."""
+        if clip:
+            nn.utils.clip_grad_norm_(list(self.weights.values()), clip)
+        for optimizer in (self.optimizer, self.score_optimizer):
+            optimizer.param_groups[0]["lr"] = lr
+        for name, layer in self.layers.items():
+            weight = self.weights[name]
+            layer.scores.grad = layer.score_gradient(weight.detach(), weight.grad)
+        if self.rule == "sgd":
+            self.score_optimizer.step()
+        else:
+            peak, memory = self.rule
+            with torch.no_grad():
+                for layer in self.layers.values():
+                    layer.scores.mul_(1 - lr / peak / memory).sub_(layer.scores.grad, alpha=lr / peak)
+        self.optimizer.step()
+        self.optimizer.zero_grad()

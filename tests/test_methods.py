@@ -1,0 +1,379 @@
+"""The contract of every method, over the registry, and the training loops that a pruner must live in."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lbc_cli import patterns
+from lbc_cli.errors import LbcError, MethodError, PatternError, TargetError
+from lbc_cli.methods import METHODS, Pruner, attach
+
+EPOCHS, STEPS = 4, 5
+LAYERS = {"0": "dense", "4": "dense"}
+METHOD = pytest.mark.parametrize("method", METHODS)
+
+
+def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(0)
+    body = [nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 4)]
+    return nn.Sequential(*body).to(dtype)
+
+
+def batches(epoch: int, dtype: torch.dtype = torch.float32) -> Iterator[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(epoch)
+    for _ in range(STEPS):
+        labels = torch.randint(0, 4, (8,), generator=generator)
+        images = torch.randn(8, 3, 8, 8, generator=generator) + labels[:, None, None, None]
+        yield images.to(dtype), labels
+
+
+def make(method: str = "lbc", **options: Any) -> tuple[nn.Sequential, torch.optim.Optimizer, Pruner]:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, weight_decay=1e-3)
+    layers = LAYERS if METHODS[method].sparse else None
+    return model, optimizer, attach(model, optimizer, method=method, epochs=EPOCHS, layers=layers, **options)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, pruner: Pruner, epochs: range) -> list[float]:
+    losses = []
+    for epoch in epochs:
+        pruner.begin_epoch(epoch)
+        for images, labels in batches(epoch):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(images), labels)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    return losses
+
+
+def bits(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone().view(torch.int32) for name, p in model.named_parameters()}
+
+
+def assert_effective(pruner: Pruner) -> None:
+    """The contract: removed weights are +0.0 in the model itself."""
+    for target in pruner.targets:
+        removed = target.weight.detach()[~pruner.masks()[target.name]]
+        assert torch.equal(removed.view(torch.int32), torch.zeros_like(removed, dtype=torch.int32))
+
+
+# Every method.
+
+
+@METHOD
+def test_loss_falls_and_the_final_pattern_is_exact(method: str) -> None:
+    model, optimizer, pruner = make(method)
+    losses = train(model, optimizer, pruner, range(EPOCHS))
+    assert sum(losses[-STEPS:]) < 0.7 * sum(losses[:STEPS])
+    assert pruner.phase == "final"
+    assert_effective(pruner)
+    for target in pruner.targets:
+        patterns.check_mask(pruner.masks()[target.name], target.pattern)
+        assert pruner.densities()[target.name] == target.pattern.density
+    assert bool(pruner.targets) == METHODS[method].sparse
+
+
+@METHOD
+def test_a_run_stopped_and_resumed_ends_bit_identical(method: str) -> None:
+    model, optimizer, pruner = make(method)
+    train(model, optimizer, pruner, range(EPOCHS))
+    for stop in range(1, EPOCHS):
+        first, first_optimizer, first_pruner = make(method)
+        train(first, first_optimizer, first_pruner, range(stop))
+        saved = copy.deepcopy((first.state_dict(), first_optimizer.state_dict(), first_pruner.state_dict()))
+        train(first, first_optimizer, first_pruner, range(stop, EPOCHS))  # must not reach into what was saved
+        second, second_optimizer, second_pruner = make(method)
+        for target, state in zip((second, second_optimizer, second_pruner), saved, strict=True):
+            target.load_state_dict(state)
+        train(second, second_optimizer, second_pruner, range(stop, EPOCHS))
+        want, got = bits(model), bits(second)
+        assert all(torch.equal(want[name], got[name]) for name in want)
+
+
+@METHOD
+def test_detaching_restores_the_optimizer_and_keeps_the_weights(method: str) -> None:
+    model, optimizer, pruner = make(method)
+    hooks = len(optimizer._optimizer_step_pre_hooks), len(optimizer._optimizer_step_post_hooks)
+    train(model, optimizer, pruner, range(EPOCHS))
+    before = bits(model)
+    pruner.detach()
+    pruner.detach()
+    assert hooks == (1, 1)
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+    assert not any(p._backward_hooks for p in model.parameters())
+    assert all(torch.equal(before[name], now) for name, now in bits(model).items())
+    model(torch.randn(2, 3, 8, 8)).sum().backward()
+    optimizer.step()
+    assert all((p != 0).all() for name, p in model.named_parameters() if name == "1.weight")
+    with pytest.raises(MethodError, match="detached"):
+        pruner.begin_epoch(EPOCHS - 1)
+
+
+@METHOD
+def test_an_average_is_projected_onto_the_masks(method: str) -> None:
+    model, optimizer, pruner = make(method)
+    average = copy.deepcopy(model)
+    train(model, optimizer, pruner, range(EPOCHS))
+    pruner.project_(average)
+    for name, mask in pruner.masks().items():
+        assert (average.get_parameter(name)[~mask] == 0).all()
+        assert (average.get_parameter(name)[mask] != 0).all()
+    if pruner.targets:
+        with pytest.raises(MethodError, match="copy of the pruned model"):
+            pruner.project_(nn.Linear(2, 2))
+
+
+@METHOD
+def test_epochs_go_forward_only(method: str) -> None:
+    _, _, pruner = make(method)
+    pruner.begin_epoch(1)
+    masks = pruner.masks()
+    pruner.begin_epoch(1)
+    assert all(torch.equal(mask, masks[name]) for name, mask in pruner.masks().items())
+    with pytest.raises(MethodError, match="removal is final"):
+        pruner.begin_epoch(0)
+    with pytest.raises(MethodError, match=f"last epoch is {EPOCHS - 1}"):
+        pruner.begin_epoch(EPOCHS)
+    pruner.begin_epoch(EPOCHS - 1)
+    assert pruner.phase == "final"
+
+
+@METHOD
+def test_a_step_before_the_first_epoch_is_refused(method: str) -> None:
+    model, optimizer, _ = make(method)
+    model(torch.randn(2, 3, 8, 8)).sum().backward()
+    with pytest.raises(MethodError, match=r"begin_epoch\(0\)"):
+        optimizer.step()
+
+
+@METHOD
+def test_the_state_of_another_run_is_refused(method: str) -> None:
+    state = make(method)[2].state_dict()
+    for key, value in (("method", "other"), ("epochs", 99), ("targets", {"x": "2:4"})):
+        with pytest.raises(MethodError, match="same settings"):
+            make(method)[2].load_state_dict({**state, key: value})
+
+
+# The loops.
+
+
+def same_run(loop: Any) -> None:
+    """A loop must end with the masks and weights of the plain one."""
+    model, optimizer, pruner = make()
+    train(model, optimizer, pruner, range(EPOCHS))
+    other, other_optimizer, other_pruner = make()
+    loop(other, other_optimizer, other_pruner)
+    assert all(torch.equal(mask, other_pruner.masks()[name]) for name, mask in pruner.masks().items())
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(other.get_parameter(name), p)
+    assert_effective(other_pruner)
+
+
+@pytest.mark.parametrize("keyword", [False, True])
+def test_step_with_a_closure(keyword: bool) -> None:
+    def loop(model: nn.Module, optimizer: torch.optim.Optimizer, pruner: Pruner) -> None:
+        for epoch in range(EPOCHS):
+            pruner.begin_epoch(epoch)
+            for images, labels in batches(epoch):
+
+                def closure(x: Tensor = images, y: Tensor = labels) -> Tensor:
+                    optimizer.zero_grad()
+                    loss = nn.functional.cross_entropy(model(x), y)
+                    loss.backward()
+                    return loss
+
+                loss = optimizer.step(closure=closure) if keyword else optimizer.step(closure)
+                assert loss is not None
+
+    same_run(loop)
+
+
+def test_under_torch_compile() -> None:
+    def loop(model: nn.Module, optimizer: torch.optim.Optimizer, pruner: Pruner) -> None:
+        train(torch.compile(model, backend="aot_eager"), optimizer, pruner, range(EPOCHS))
+
+    same_run(loop)
+
+
+def test_attached_through_wrappers_the_names_are_the_models_own() -> None:
+    model = network()
+    compiled = torch.compile(model, backend="eager")
+    pruner = attach(compiled, torch.optim.SGD(compiled.parameters(), lr=0.1), epochs=2, layers=LAYERS)
+    assert list(pruner.masks()) == ["1.weight"]
+
+
+def test_under_a_gradient_scaler_plain_and_fused_with_an_overflow() -> None:
+    ends = []
+    for fused in (False, True):
+        model = network()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, fused=fused)
+        pruner = attach(model, optimizer, epochs=EPOCHS, layers=LAYERS)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
+        for epoch in range(EPOCHS):
+            pruner.begin_epoch(epoch)
+            for number, (images, labels) in enumerate(batches(epoch)):
+                optimizer.zero_grad()
+                scaler.scale(nn.functional.cross_entropy(model(images), labels)).backward()
+                if epoch == 1 and number == 2:
+                    model.get_parameter("1.weight").grad[0, 0, 0, 0] = float("inf")
+                    score = pruner.state_dict()["state"]["weights"]["1.weight"]["score"].clone()
+                    weight = bits(model)["1.weight"]
+                scaler.step(optimizer)
+                scaler.update()
+                if epoch == 1 and number == 2:  # the overflow changed nothing
+                    assert torch.equal(pruner.state_dict()["state"]["weights"]["1.weight"]["score"], score)
+                    assert torch.equal(bits(model)["1.weight"], weight)
+        assert_effective(pruner)
+        ends.append((pruner.masks()["1.weight"], model.get_parameter("1.weight").detach()))
+    assert torch.equal(ends[0][0], ends[1][0])
+    torch.testing.assert_close(ends[0][1], ends[1][1])
+
+
+def test_under_autocast_and_in_pure_bfloat16() -> None:
+    for pure in (False, True):
+        model = network(torch.bfloat16 if pure else torch.float32)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+        pruner = attach(model, optimizer, epochs=EPOCHS, layers=LAYERS)
+        for epoch in range(EPOCHS):
+            pruner.begin_epoch(epoch)
+            for images, labels in batches(epoch, model[0].weight.dtype):
+                optimizer.zero_grad()
+                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not pure):
+                    loss = nn.functional.cross_entropy(model(images).float(), labels)
+                loss.backward()
+                optimizer.step()
+        weight = model[1].weight.detach()
+        assert (weight[~pruner.masks()["1.weight"]] == 0).all()
+        assert not torch.signbit(weight[weight == 0]).any()
+        assert pruner.density() == 0.5
+
+
+def test_gradients_of_removed_weights_do_not_count_in_norms() -> None:
+    model, _, pruner = make(t_f=0)
+    pruner.begin_epoch(0)
+    images, labels = next(batches(0))
+    nn.functional.cross_entropy(model(images), labels).backward()
+    grad = model[1].weight.grad
+    assert (grad[~pruner.masks()["1.weight"]] == 0).all()
+    assert (grad[pruner.masks()["1.weight"]] != 0).any()
+
+
+def test_weights_loaded_between_steps_are_taken_over_under_the_masks() -> None:
+    model, optimizer, pruner = make(t_f=1)
+    train(model, optimizer, pruner, range(2))
+    other = network()
+    model.load_state_dict({k: v + 1 for k, v in other.state_dict().items()})
+    assert (model[1].weight[~pruner.masks()["1.weight"]] != 0).any()
+    pruner.begin_epoch(2)
+    assert_effective(pruner)
+    kept = pruner.masks()["1.weight"]
+    assert torch.equal(model[1].weight[kept], (other[1].weight + 1)[kept])
+
+
+def test_channels_last_masks_have_the_format_of_the_weight() -> None:
+    model = network().to(memory_format=torch.channels_last)
+    pruner = attach(model, torch.optim.SGD(model.parameters(), lr=0.1), epochs=2, layers=LAYERS, t_f=0)
+    pruner.begin_epoch(0)
+    removed = pruner.removed(pruner.targets[0])
+    assert removed is not None
+    assert removed.stride() == model[1].weight.stride()
+
+
+# What is refused.
+
+
+class Sam(torch.optim.SGD):
+    """Two evaluations a step, recognised by its shape rather than its name."""
+
+    def first_step(self) -> None: ...
+
+    def second_step(self) -> None: ...
+
+
+def lookahead(params: Any) -> Any:
+    from timm.optim import Lookahead
+
+    return Lookahead(torch.optim.SGD(params, lr=0.1))
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (lambda p: torch.optim.LBFGS(p), "several times"),
+        (lambda p: Sam(p, lr=0.1), "several times"),
+        (lookahead, "never fires"),
+        (lambda p: torch.optim.Adafactor(p), "matrix"),
+        (lambda p: __import__("timm.optim").optim.Lamb(p), "norms"),
+        (lambda p: __import__("timm.optim").optim.Lars(p), "norms"),
+    ],
+    ids=["lbfgs", "sam", "lookahead", "adafactor", "lamb", "lars"],
+)
+def test_optimizers_that_cannot_carry_a_method_are_refused(build: Any, reason: str) -> None:
+    model = network()
+    with pytest.raises(MethodError, match=reason):
+        attach(model, build(list(model.parameters())), epochs=2, layers=LAYERS)
+
+
+def test_an_optimizer_unknown_to_us_is_named() -> None:
+    class Mine(torch.optim.SGD):
+        pass
+
+    model = network()
+    with pytest.warns(UserWarning, match="Mine is not known to lbc"):
+        attach(model, Mine(model.parameters(), lr=0.1), epochs=2, layers=LAYERS)
+
+
+def test_weights_that_the_optimizer_does_not_train_are_refused() -> None:
+    model = network()
+    with pytest.raises(MethodError, match=r"1\.weight first"):
+        attach(model, torch.optim.SGD(model[4].parameters(), lr=0.1), epochs=2, layers=LAYERS)
+    model[1].weight.requires_grad_(False)
+    with pytest.raises(MethodError, match="not trained"):
+        attach(model, torch.optim.SGD(model.parameters(), lr=0.1), epochs=2, layers=LAYERS)
+
+
+def test_sharded_weights_are_refused(tmp_path: Any) -> None:
+    from torch.distributed.tensor import distribute_tensor, init_device_mesh
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = network()
+        mesh = init_device_mesh("cpu", (1,))
+        model[1].weight = nn.Parameter(distribute_tensor(model[1].weight.detach(), mesh))
+        with pytest.raises(MethodError, match="sharded"):
+            attach(model, torch.optim.SGD(model.parameters(), lr=0.1), epochs=2, layers=LAYERS)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"method": "lcb"}, MethodError, "Did you mean 'lbc'"),
+        ({"tf": 3}, MethodError, "no option 'tf'.*Did you mean 't_f'"),
+        ({"t_f": "3"}, MethodError, "t_f = '3'.*valid integer"),
+        ({"rounding": "up"}, MethodError, "rounding = 'up'"),
+        ({"score_memory": 0.0}, MethodError, "greater than 0"),
+        ({"t_f": 2}, MethodError, "past the last epoch"),
+        ({"epochs": 0}, MethodError, "at least one epoch"),
+        ({"pattern": "4:4"}, PatternError, "less than M"),
+        ({"layers": {"nothing": "2:4"}}, TargetError, "nothing"),
+    ],
+    ids=str,
+)
+def test_bad_requests_name_the_rule(kwargs: dict[str, Any], error: type[LbcError], message: str) -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(error, match=message):
+        attach(model, optimizer, **{"epochs": 2, "layers": LAYERS, **kwargs})
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not any(p._backward_hooks for p in itertools.chain(model.parameters()))
