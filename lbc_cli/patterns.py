@@ -191,9 +191,7 @@ def candidate_sums(values: Tensor, table: Tensor) -> Tensor:
     return total
 
 
-def keep_best(
-    scores: Tensor, alive: Tensor, keep: int, tie: Callable[[Tensor], Tensor] | None = None
-) -> Tensor:
+def keep_best(scores: Tensor, alive: Tensor, keep: int, tie: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """Keep the best-scored of what is alive in every row.
 
     Ties go to the larger tie value, then to the lower index (lexicographically earlier candidate).

@@ -1,0 +1,201 @@
+"""Writing a checkpoint: the model's tensors, the sparse ones packed, under a manifest that proves them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lbc_cli.checkpoint.architecture import Architecture, check_architecture, describe_architecture
+from lbc_cli.checkpoint.container import TensorInfo, write
+from lbc_cli.checkpoint.files import Buffer
+from lbc_cli.checkpoint.manifest import INDEX, VALUES, Manifest, Sparse, Stored, check_consistency, sha256
+from lbc_cli.checkpoint.tensors import describe, to_bytes
+from lbc_cli.errors import CheckpointError, OutputError, PatternError, UsageError, VerificationError
+from lbc_cli.packing import pack
+from lbc_cli.patterns import Pattern
+from lbc_cli.targets import clean_name
+
+
+class PrunerLike(Protocol):
+    """What saving needs of a pruner."""
+
+    method: Any
+    epoch: int
+
+    @property
+    def targets(self) -> Any:
+        """Each with a `name` and a `pattern`."""
+
+    @property
+    def phase(self) -> str:
+        """Either "final" or "training"."""
+
+    def masks(self) -> dict[str, Tensor]:
+        """Name -> bool mask of the kept weights."""
+
+    def deployed(self) -> AbstractContextManager[None]:
+        """Within it the model carries the weights to ship."""
+
+
+@dataclass(slots=True)
+class _Content:
+    """The tensors of a file, as they are gathered."""
+
+    stored: dict[str, Stored] = field(default_factory=dict)
+    data: dict[str, Buffer] = field(default_factory=dict)
+    sparse: dict[str, Sparse] = field(default_factory=dict)
+
+    def add(self, name: str, tensor: Tensor) -> TensorInfo:
+        """Take a tensor as it is."""
+        info, data = describe(tensor, name), to_bytes(tensor)
+        self.stored[name], self.data[name] = Stored(info, sha256(data)), data
+        return info
+
+    def add_packed(self, name: str, tensor: Tensor, pattern: Pattern, mask: Tensor) -> None:
+        """Take a tensor packed.
+
+        Raises:
+            VerificationError: if it does not hold the pattern under its mask.
+        """
+        info = describe(tensor, name)
+        try:
+            packed = pack(tensor, pattern, mask, name)
+        except PatternError as error:
+            raise VerificationError(f"{error}; nothing was saved") from error
+        self.add(name + VALUES, packed.values)
+        self.add(name + INDEX, packed.index)
+        self.sparse[name] = Sparse(pattern.n, pattern.m, pattern.vector, info.shape, info.dtype)
+
+
+def save(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    pruner: PrunerLike | None = None,
+    arch: Architecture | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    recipe: str = "",
+    epoch: int | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
+    unstructured: Collection[str] = (),
+    overwrite: bool = False,
+) -> None:
+    """Save a model as a checkpoint of version 1, atomically.
+
+    Args:
+        model: any model; wrapped by DDP or torch.compile is fine.
+        path: the file; its folder must exist.
+        pruner: gives masks, patterns, method and phase. In the phase "final" its targets are stored packed, and checked
+            against their patterns; before, everything is dense. None: everything is dense.
+        arch: {"arch", "kwargs", "task"} to create the model again; None: derived from a timm model, unknown for others.
+        metrics: what was measured; JSON.
+        recipe: the resolved recipe as TOML.
+        epoch: None: the pruner's.
+        tensors: a state dict to store in place of the model's own, such as an average of its weights.
+        unstructured: names of dense tensors that were pruned without a pattern; their non-zeros are recorded.
+        overwrite: replace a file that is there.
+
+    Raises:
+        OutputError: if the file exists and may not be replaced, or cannot be written.
+        UsageError: for tensors or descriptions that cannot be stored.
+        VerificationError: if a target does not hold its pattern; nothing is written.
+    """
+    _check_free(path, overwrite)
+    described = describe_architecture(model) if arch is None else check_architecture(arch)
+    deployed = contextlib.nullcontext() if pruner is None or tensors is not None else pruner.deployed()
+    with torch.no_grad(), deployed:
+        content = _gather(_state(model, tensors), pruner)
+        manifest = Manifest(
+            arch=described["arch"],
+            kwargs=described["kwargs"],
+            task=described["task"],
+            sparse=content.sparse,
+            unstructured=_count(unstructured, _state(model, tensors)),
+            tensors=content.stored,
+            method="dense" if pruner is None else str(pruner.method),
+            phase="final" if pruner is None else pruner.phase,
+            epoch=pruner.epoch if epoch is None and pruner is not None else epoch,
+            metrics=dict(metrics or {}),
+            recipe=recipe,
+            environment=environment(),
+        )
+        _check_free(path, overwrite)
+        write_checkpoint(path, manifest, content.data)
+
+
+def write_checkpoint(path: str | os.PathLike[str], manifest: Manifest, data: Mapping[str, Buffer]) -> None:
+    """Write a checkpoint from its manifest and the bytes of its stored tensors.
+
+    Raises:
+        OutputError: if the file cannot be written.
+        UsageError: if the manifest holds what JSON cannot, or contradicts itself.
+    """
+    infos = {name: entry.info for name, entry in manifest.tensors.items()}
+    try:
+        check_consistency(manifest, infos)
+        metadata = manifest.to_metadata()
+    except (CheckpointError, TypeError, ValueError) as error:
+        raise UsageError(f"{path}: this model cannot be saved: {error}") from error
+    write(path, infos, metadata, data)
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, for the manifest."""
+    from lbc_cli.runs import describe_hardware
+
+    return describe_hardware()
+
+
+def _check_free(path: str | os.PathLike[str], overwrite: bool) -> None:
+    if os.path.lexists(path) and (not overwrite or Path(path).is_dir()):
+        raise OutputError(f"{path} exists and is not overwritten: choose another name, or pass overwrite=True")
+
+
+def _state(model: nn.Module, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """The tensors to store, by their names in the unwrapped model."""
+    own: dict[str, Tensor] = {clean_name(name): value for name, value in model.state_dict().items()}
+    if tensors is not None:
+        given = {clean_name(name): value for name, value in tensors.items()}
+        if odd := sorted(set(own) ^ set(given)):
+            raise UsageError(
+                f"the tensors given do not belong to the model: {odd[0]} is only in {'it' if odd[0] in own else 'them'}"
+                f" ({len(odd)} such)"
+            )
+        own = given
+    for name, value in own.items():
+        if not isinstance(value, Tensor):
+            raise UsageError(f"{name} is a {type(value).__name__}: only tensors can be stored, not extra state")
+    return own
+
+
+def _gather(state: Mapping[str, Tensor], pruner: PrunerLike | None) -> _Content:
+    content = _Content()
+    patterns: dict[str, Pattern] = {}
+    masks: dict[str, Tensor] = {}
+    if pruner is not None and pruner.phase == "final":
+        patterns = {clean_name(target.name): target.pattern for target in pruner.targets}
+        masks = {clean_name(name): mask for name, mask in pruner.masks().items()} if patterns else {}
+    if missing := sorted(set(patterns) - (set(state) & set(masks))):
+        raise UsageError(f"{missing[0]} is a target of the pruner, but not in the model: is it another model's pruner?")
+    for name, tensor in state.items():
+        if name in patterns:
+            content.add_packed(name, tensor, patterns[name], masks[name])
+        else:
+            content.add(name, tensor)
+    return content
+
+
+def _count(names: Collection[str], state: Mapping[str, Tensor]) -> dict[str, int]:
+    """Non-zeros of the unstructured tensors."""
+    cleaned = [clean_name(name) for name in names]
+    if missing := [name for name in cleaned if name not in state]:
+        raise UsageError(f"{missing[0]} is listed as unstructured, but not in the model")
+    return {name: int(torch.count_nonzero(state[name])) for name in cleaned}

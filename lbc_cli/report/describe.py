@@ -1,0 +1,203 @@
+"""From what the library returns to what the tables show. No arithmetic beyond what a table needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from lbc_cli.report.formats import format_bytes, format_seconds, plural
+from lbc_cli.report.views import (
+    CheckedLayerView,
+    CostView,
+    EpochView,
+    LayerView,
+    PlanView,
+    SkippedView,
+    StepTiming,
+    SummaryView,
+    TrainBenchView,
+    VerifyView,
+)
+from lbc_cli.runs import RunFolder, describe_hardware
+
+if TYPE_CHECKING:
+    from lbc_cli.bench import StepTimes, TrainBench
+    from lbc_cli.training import Job, Outcome
+    from lbc_cli.verifier import Report
+
+_BROKEN = ("pattern", "positions")  # rules of the verifier that say a group breaks its pattern
+
+
+def plan_view(job: Job, folder: str) -> PlanView:
+    """What a job would do.
+
+    Args:
+        job: prepared, not begun.
+        folder: where the run would go.
+    """
+    pruner = job.pruner
+    rates = job.learning_rates()
+    epochs = range(job.settings.epochs)
+    final = {target.name: target.pattern.density for target in pruner.targets}
+    schedule = [
+        EpochView(
+            epoch=epoch,
+            density=pruner.planned_density(epoch),
+            survivors=pruner.planned_survivors(epoch),
+            lr=rates[epoch],
+        )
+        for epoch in epochs
+    ]
+    return PlanView(
+        title=job.title,
+        facts={**_facts(job), "run folder": folder},
+        layers=_layers(job, final),
+        skipped=_skipped(job),
+        schedule=schedule,
+        memory=pruner.planned_memory(),
+        cost=_cost(job, final),
+    )
+
+
+def summary_view(job: Job, outcome: Outcome, folder: RunFolder) -> SummaryView:
+    """How a run ended."""
+    files = {"run folder": folder.path, "checkpoint": folder.model}
+    if outcome.ema_report is not None:
+        files["averaged weights"] = folder.ema
+    densities = job.pruner.densities()
+    metrics = outcome.result.last
+    names = ("top1", "top5", "val_loss", "ema_top1", "ema_top5", "train_loss")
+    return SummaryView(
+        title=job.title,
+        results={name: metrics[name] for name in names if name in metrics},
+        layers=_layers(job, densities),
+        skipped=_skipped(job),
+        memory=outcome.memory,
+        cost=_cost(job, densities),
+        dense_bytes=outcome.dense_bytes,
+        file_bytes=outcome.file_bytes,
+        times={"training and evaluation": outcome.seconds},
+        verified=outcome.report.ok,
+        findings=[finding.message for finding in outcome.report.findings],
+        files={what: str(path) for what, path in files.items()},
+        facts=_facts(job),
+    )
+
+
+def verify_view(report: Report) -> VerifyView:
+    """What the verifier found."""
+    facts = {"kind": report.kind, "phase": report.phase, "method": report.method, "manifest": report.digest}
+    violations = {finding.tensor: finding.count for finding in report.findings if finding.rule in _BROKEN}
+    layers = [
+        CheckedLayerView(
+            name=layer.name,
+            shape=tuple(layer.shape),
+            pattern=layer.pattern,
+            density=layer.density,
+            groups=layer.groups,
+            violations=violations.get(layer.name, 0),
+            under_filled=layer.under_filled,
+        )
+        for layer in report.layers
+    ]
+    errors = [finding for finding in report.findings if finding.level == "error"]
+    shown = errors or report.findings
+    findings = [finding.message for finding in shown]
+    known = {name: value for name, value in facts.items() if value}
+    if report.dense:
+        known["dense tensors"] = str(len(report.dense))
+    return VerifyView(path=report.path, ok=report.ok, layers=layers, findings=findings, facts=known)
+
+
+def train_bench_view(result: TrainBench) -> TrainBenchView:
+    """A measured training step."""
+    setup = result.setup
+    hooks = sorted(result.hooks)
+    size = f"{setup.image_size} px" if setup.image_size else "the model's own image size"
+    facts = {
+        "batch": f"{setup.batch} images, {size}",
+        "precision": "float32" if setup.amp == "off" else f"{setup.amp} autocast",
+        "layout": "channels last" if setup.channels_last else "contiguous",
+        "schedule": "middle of the ramp: masks and scores both at work",
+        "removal": f"{format_seconds(result.removal)}, once an epoch while the ramp lasts",
+        "method memory": ", ".join(f"{kind} {format_bytes(size)}" for kind, size in result.memory.items() if size),
+        **_hardware(),
+    }
+    return TrainBenchView(
+        title=f"{setup.model} · {setup.method} {setup.pattern}",
+        images=setup.batch,
+        steps=setup.steps,
+        dense=_timing(result.dense),
+        method=_timing(result.method),
+        hooks=hooks[len(hooks) // 2],
+        facts={name: value for name, value in facts.items() if value},
+    )
+
+
+def _timing(times: StepTimes) -> StepTiming:
+    low, median, high = times.quartiles
+    return StepTiming(
+        name=times.name, median=median, first_quartile=low, third_quartile=high, peak_bytes=times.peak_bytes
+    )
+
+
+def _facts(job: Job) -> dict[str, str]:
+    recipe = job.resolved.recipe
+    pixels = job.loaders.pixels
+    accumulate = f" x {recipe.train.accumulate}" if recipe.train.accumulate > 1 else ""
+    facts = {
+        "recipe": job.resolved.name or "none but the defaults",
+        "data": f"{job.source.name}, {job.source.num_classes} classes, {pixels.height} x {pixels.width} pixels",
+        "batch": f"{recipe.data.batch_size}{accumulate} images, {job.updates_per_epoch} updates an epoch",
+        "epochs": f"{recipe.train.epochs}, seed {recipe.train.seed}",
+        **_hardware(),
+        "device": str(job.device),
+    }
+    if job.source.dropped:
+        facts["left out"] = f"{len(job.source.dropped)} unreadable images"
+    return facts
+
+
+def versions() -> str:
+    """The versions that results depend on."""
+    found = describe_hardware()
+    return f"lbc {found['lbc']}, torch {found['torch']}, timm {found['timm']}"
+
+
+def _hardware() -> dict[str, str]:
+    found = describe_hardware()
+    place = found["gpus"][0] if found["gpus"] else f"{found['cpu']}, {plural(found['threads'], 'thread')}"
+    return {"hardware": str(place), "versions": versions()}
+
+
+def _layers(job: Job, densities: Mapping[str, float]) -> list[LayerView]:
+    return [
+        LayerView(
+            name=target.name,
+            shape=tuple(target.weight.shape),
+            pattern=str(target.pattern),
+            density=densities[target.name],
+            note=target.note,
+        )
+        for target in job.pruner.targets
+    ]
+
+
+def _skipped(job: Job) -> list[SkippedView]:
+    return [SkippedView(name=s.name, shape=tuple(s.shape), reason=s.reason) for s in job.pruner.skipped]
+
+
+def _cost(job: Job, densities: Mapping[str, float]) -> CostView:
+    from lbc_cli import flops
+
+    cost = job.count()
+    dense, sparse = flops.dense_totals(cost), flops.sparse_totals(cost, densities)
+    planned = [job.pruner.planned_density(epoch) for epoch in range(job.settings.epochs)]
+    share = flops.training_share(planned, sparse_passes=2)
+    return CostView(
+        parameters_dense=dense.params,
+        parameters_sparse=sparse.params,
+        macs_dense=dense.macs,
+        macs_sparse=sparse.macs,
+        training_share=flops.whole_model_share(cost, densities, share) if densities else None,
+    )

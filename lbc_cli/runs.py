@@ -1,0 +1,460 @@
+"""The run folder: what a run leaves behind, under which names, and how it survives being stopped.
+
+    recipe.toml          the resolved recipe, with where each value came from
+    environment.json     versions, hardware, command line, commit
+    metrics.jsonl        every record, one JSON object a line
+    metrics.csv          the epoch records, for spreadsheets
+    curves.png           loss, accuracy, density, learning rate
+    summary.json         how it ended
+    model.safetensors    the checkpoint
+    state.safetensors    what a resumed run needs
+
+A folder is never overwritten. All files but the metrics are replaced at once, so that a reader sees the old or the new.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import importlib.metadata
+import io
+import itertools
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lbc_cli.errors import CheckpointError, OutputError
+
+if TYPE_CHECKING:
+    from lbc_cli.patterns import Pattern
+
+Record = dict[str, Any]
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON knows it: dataclasses to objects, paths to strings, NaN and infinities to None.
+
+    Raises:
+        TypeError: for a value that has no such form.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, set | frozenset):
+        return sorted((plain(item) for item in value), key=str)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    raise TypeError(f"{type(value).__name__} has no JSON form: {value!r}")
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON with sorted keys, so that the same content gives the same bytes; floats in full precision."""
+    return json.dumps(plain(value), indent=indent, sort_keys=True, ensure_ascii=False, allow_nan=False)
+
+
+@contextlib.contextmanager
+def _writing(path: Path, remedy: str = "choose another place with --out") -> Iterator[None]:
+    """Turn what the operating system says about a write into one sentence with the place and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OutputError(f"cannot write {path}: {reason}; {remedy}") from error
+
+
+def default_name(model: str, method: str, pattern: Pattern | str | None, root: Path = Path("runs")) -> Path:
+    """Where a run goes unless the user says so: runs/MODEL-METHOD-N_M.
+
+    Args:
+        model: timm name; characters that a path cannot hold safely become underscores.
+        method: name in METHODS.
+        pattern: N:M or N:M/V, written 2_4 or 2_4v16; None leaves it out.
+        root: parent folder.
+    """
+    parts = [re.sub(r"[^A-Za-z0-9_-]+", "_", text).strip("_") or "unnamed" for text in (model, method)]
+    if pattern is not None:
+        parts.append(str(pattern).replace(":", "_").replace("/", "v"))
+    return root / "-".join(parts)
+
+
+def _numbered(path: Path) -> Iterator[Path]:
+    """The path, then path-1, path-2, ..."""
+    yield path
+    for number in itertools.count(1):
+        yield path.with_name(f"{path.name}-{number}")
+
+
+def unique(path: Path) -> Path:
+    """The path itself where nothing is there yet, else the first of path-1, path-2, ... that is free."""
+    return next(candidate for candidate in _numbered(path) if not os.path.lexists(candidate))
+
+
+def check_free(path: Path) -> None:
+    """Check, without writing, that a run folder can be made here.
+
+    Raises:
+        OutputError: if something is there already, or no folder above it can be written.
+    """
+    if os.path.lexists(path) and not _is_empty_folder(path):
+        what = "folder" if path.is_dir() else "file"
+        resume = f", or continue its run with --resume {path}" if RunFolder(path).recipe.exists() else ""
+        raise OutputError(f"the {what} {path} exists and is never overwritten; choose another with --out{resume}")
+    above = next((folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder)), Path("/"))
+    if not above.is_dir():
+        raise OutputError(f"cannot write {path}: {above} is not a folder; choose another place with --out")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write {path}: no permission in {above}; choose another place with --out")
+
+
+def _is_empty_folder(path: Path) -> bool:
+    try:
+        return path.is_dir() and not any(path.iterdir())
+    except OSError:
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """A folder that holds one run.
+
+    Args:
+        path: the folder, which exists.
+    """
+
+    path: Path
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str]) -> RunFolder:
+        """Make a new folder, parents included; an empty one that exists is taken as it is.
+
+        Raises:
+            OutputError: if the folder holds anything, or cannot be written.
+        """
+        folder = Path(path)
+        check_free(folder)
+        with _writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        return cls(folder)
+
+    @classmethod
+    def create_unique(cls, path: str | os.PathLike[str]) -> RunFolder:
+        """Make a new folder at the path, or at the first of path-1, path-2, ... that is free.
+
+        Runs started at the same moment never share one.
+
+        Raises:
+            OutputError: if none can be written.
+        """
+        first = Path(path)
+        with _writing(first):
+            first.parent.mkdir(parents=True, exist_ok=True)
+        for folder in _numbered(first):
+            with _writing(folder), contextlib.suppress(FileExistsError):
+                folder.mkdir()
+                return cls(folder)
+        raise AssertionError("the numbers do not end")
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> RunFolder:
+        """Open the folder of an earlier run.
+
+        Raises:
+            OutputError: if it is not there, or is not a run folder.
+        """
+        run = cls(Path(path))
+        if not run.path.is_dir():
+            raise OutputError(f"no run folder at {run.path}: --resume wants the folder that a run was written to")
+        if not run.recipe.is_file():
+            raise OutputError(f"{run.path} is not a run folder: it has no {run.recipe.name}")
+        return run
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe."""
+        return self.path / "recipe.toml"
+
+    @property
+    def environment(self) -> Path:
+        """Versions and hardware."""
+        return self.path / "environment.json"
+
+    @property
+    def metrics_jsonl(self) -> Path:
+        """Every record."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def metrics_csv(self) -> Path:
+        """The epoch records."""
+        return self.path / "metrics.csv"
+
+    @property
+    def curves(self) -> Path:
+        """The plots."""
+        return self.path / "curves.png"
+
+    @property
+    def summary(self) -> Path:
+        """How the run ended."""
+        return self.path / "summary.json"
+
+    @property
+    def model(self) -> Path:
+        """The checkpoint."""
+        return self.path / "model.safetensors"
+
+    @property
+    def ema(self) -> Path:
+        """The checkpoint of the averaged weights, where there is one."""
+        return self.path / "model-ema.safetensors"
+
+    @property
+    def state(self) -> Path:
+        """What a resumed run needs."""
+        return self.path / "state.safetensors"
+
+    def write_recipe(self, text: str) -> None:
+        """Write the resolved recipe (TOML).
+
+        Raises:
+            OutputError: if it cannot be written.
+        """
+        _replace(self.recipe, text)
+
+    def write_environment(self, environment: Mapping[str, Any]) -> None:
+        """Write what `describe_environment` found.
+
+        Raises:
+            OutputError: if it cannot be written.
+        """
+        _replace(self.environment, to_json(environment, indent=2) + "\n")
+
+    def write_summary(self, summary: Any) -> None:
+        """Write how the run ended: a mapping or dataclass.
+
+        Raises:
+            OutputError: if it cannot be written.
+        """
+        _replace(self.summary, to_json(summary, indent=2) + "\n")
+
+    def metrics(self, resume_epoch: int | None = None) -> MetricsLog:
+        """The metrics of this run; see `MetricsLog`."""
+        return MetricsLog(self.metrics_jsonl, self.metrics_csv, resume_epoch)
+
+
+class MetricsLog:
+    """Records of a run, on disk as soon as they are made.
+
+    Every record has a kind and an epoch. A resumed run's log holds what an uninterrupted run's would: the records from
+    `resume_epoch` on are dropped before the first new one.
+
+    Args:
+        jsonl: file of all records.
+        table: CSV file of the epoch records; nested values get dotted column names.
+        resume_epoch: the epoch that comes next, for a log that exists; None starts a new one.
+
+    Raises:
+        OutputError: if a new log would overwrite one, or nothing can be written.
+        CheckpointError: if the log to be continued is damaged.
+    """
+
+    def __init__(self, jsonl: Path, table: Path, resume_epoch: int | None = None) -> None:
+        self._jsonl, self._table = jsonl, table
+        self.records: list[Record] = []
+        if resume_epoch is not None:
+            self.records = [record for record in _read_records(jsonl) if record["epoch"] < resume_epoch]
+        elif jsonl.exists():
+            raise OutputError(f"{jsonl} exists and is never overwritten; choose another folder with --out")
+        self._columns = _columns(self.epochs)
+        _replace(jsonl, "".join(_line(record) for record in self.records))
+        self._write_table()
+
+    @property
+    def epochs(self) -> list[Record]:
+        """The epoch records."""
+        return [record for record in self.records if record["kind"] == "epoch"]
+
+    def append(self, kind: Literal["epoch", "step"], *, epoch: int, **values: Any) -> None:
+        """Add a record to the files.
+
+        Args:
+            kind: of an epoch or of a step.
+            epoch: counted from 0.
+            values: numbers, strings, None, or mappings of them; NaN and infinities become null.
+
+        Raises:
+            OutputError: if it cannot be written.
+        """
+        record = plain({"kind": kind, "epoch": epoch, **values})
+        self.records.append(record)
+        _append(self._jsonl, _line(record), sync=kind == "epoch")
+        if kind == "epoch":
+            self._append_row(record)
+
+    def _append_row(self, record: Record) -> None:
+        """Add a row to the table, or write it anew if a column is new."""
+        if set(_columns([record])) <= set(self._columns):
+            _append(self._table, _rows(self._columns, [record]), sync=True)
+        else:
+            self._columns = _columns(self.epochs)
+            self._write_table()
+
+    def _write_table(self) -> None:
+        header = _rows(self._columns, [dict(zip(self._columns, self._columns, strict=True))]) if self._columns else ""
+        _replace(self._table, header + _rows(self._columns, self.epochs))
+
+
+def read_epochs(path: Path) -> list[Record]:
+    """The epoch records of a metrics.jsonl; none where there is no file.
+
+    Raises:
+        CheckpointError: if a line, other than a last one cut short, is not a record.
+    """
+    return [record for record in _read_records(path) if record["kind"] == "epoch"]
+
+
+def _replace(path: Path, text: str) -> None:
+    """Replace a whole file at once."""
+    from lbc_cli.checkpoint.files import atomic_write_text
+
+    atomic_write_text(path, text)
+
+
+def _append(path: Path, text: str, *, sync: bool) -> None:
+    """Add text to a file; `sync` waits for the disk, so that no saved state is ahead of it."""
+    remedy = "make room there, then continue with --resume"
+    with _writing(path, remedy), path.open("a", encoding="utf-8", newline="") as file:
+        file.write(text)
+        file.flush()
+        if sync:
+            os.fsync(file.fileno())
+
+
+def _line(record: Record) -> str:
+    return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _read_records(path: Path) -> list[Record]:
+    """The records of a log; a last line cut short by a crash is left out.
+
+    Raises:
+        CheckpointError: if any other line is not a record.
+    """
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
+    records = []
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            record = json.loads(line)
+            records.append({"kind": record["kind"], "epoch": int(record["epoch"]), **record})
+        except (ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(
+                f"{path}:{number}: not a metrics record; repair or delete the line before resuming"
+            ) from error
+    return records
+
+
+def _flat(record: Record, prefix: str = "") -> Record:
+    """The record with nested keys joined by dots, without its kind."""
+    flat: Record = {}
+    for key, value in record.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        elif prefix or key != "kind":
+            flat[prefix + key] = value
+    return flat
+
+
+def _columns(records: Sequence[Record]) -> list[str]:
+    """The columns of these records, in the order in which they first appear."""
+    return list(dict.fromkeys(key for record in records for key in _flat(record)))
+
+
+def _rows(columns: Sequence[str], records: Sequence[Record]) -> str:
+    """CSV lines; a float in full precision, nothing where there is no value."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writerows(_flat(record) for record in records)
+    return text.getvalue()
+
+
+def describe_hardware() -> dict[str, Any]:
+    """Versions and hardware, without paths, hosts or users: what a checkpoint's manifest may carry."""
+    import torch
+
+    import lbc_cli
+
+    versions = {name: _version(name) for name in ("torchvision", "timm", "numpy", "safetensors")}
+    return {
+        "python": platform.python_version(),
+        "lbc": lbc_cli.__version__,
+        "torch": torch.__version__,
+        **versions,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda,
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+    }
+
+
+def describe_environment(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """What a run needs to be understood later: versions, hardware, command line, commit.
+
+    Args:
+        argv: the command line; the process's own by default.
+    """
+    return {
+        **describe_hardware(),
+        "os": platform.platform(),
+        "argv": list(sys.argv if argv is None else argv),
+        "git": _git_commit(),
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    """The processor as it calls itself."""
+    with contextlib.suppress(OSError):
+        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+        if match:
+            return match[1].strip()
+    return _output_of("sysctl", "-n", "machdep.cpu.brand_string") or platform.processor() or platform.machine()
+
+
+def _git_commit() -> str | None:
+    """The commit of the current folder's repository, "-dirty" if it was changed since; None outside of one."""
+    commit = _output_of("git", "rev-parse", "--verify", "HEAD")
+    changed = commit and _output_of("git", "status", "--porcelain", "--untracked-files=no")
+    return f"{commit}-dirty" if changed else commit
+
+
+def _output_of(*command: str) -> str | None:
+    """What a small program prints, or None where there is no such program or it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

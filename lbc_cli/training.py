@@ -1,0 +1,387 @@
+"""`lbc train`: from a resolved recipe to a verified checkpoint in a run folder.
+
+    job = prepare(resolved)          everything is built and checked, nothing is written
+    outcome = run(job, folder)       train, save, verify; the folder tells the whole story
+    job = resume(folder)             the same job again; `run(job, folder, resume=True)` goes on
+
+A resumed run takes everything from the folder: the resolved recipe is the only source of settings.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from torch.optim import Optimizer
+
+from lbc_cli import checkpoint, data, flops, models, runs
+from lbc_cli.engine import FitResult, FitSettings, NullReporter, Reporter, fit, make_deterministic
+from lbc_cli.errors import CheckpointError, ModelError, OutputError, UsageError, VerificationError
+from lbc_cli.methods import METHODS, Pruner, attach
+from lbc_cli.optim import Scheduler, make_optimizer, make_scheduler, updates_per_epoch
+from lbc_cli.patterns import Pattern
+from lbc_cli.recipe import ResolvedRecipe, resolve
+from lbc_cli.recipe.load import with_values
+from lbc_cli.runs import MetricsLog, RunFolder
+from lbc_cli.tasks import Task, make_task
+from lbc_cli.verifier import Report, verify
+
+GENERATED = "generated"
+_SMOKE_EPOCHS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A run that is ready to begin."""
+
+    resolved: ResolvedRecipe
+    device: torch.device
+    source: data.DataSource
+    loaders: data.Loaders
+    model: nn.Module
+    optimizer: Optimizer
+    scheduler: Scheduler
+    pruner: Pruner
+    task: Task
+    settings: FitSettings
+
+    @property
+    def pattern(self) -> Pattern:
+        """The pattern asked for; single layers may have another."""
+        sparsity = self.resolved.recipe.sparsity
+        return Pattern.parse(sparsity.pattern, sparsity.vector)
+
+    @property
+    def sparse(self) -> bool:
+        """Whether the method makes anything sparse."""
+        return METHODS[self.pruner.method].sparse
+
+    @property
+    def title(self) -> str:
+        """Model, method and pattern, for people."""
+        name = f"{self.resolved.recipe.model.name} · {self.pruner.method}"
+        return f"{name} {self.pattern}" if self.sparse else name
+
+    @property
+    def default_folder(self) -> Path:
+        """Where the run goes unless the user says so."""
+        model = self.resolved.recipe.model.name
+        return runs.default_name(model, self.pruner.method, self.pattern if self.sparse else None)
+
+    def count(self) -> flops.Cost:
+        """Parameters and multiply-adds of the dense model at the run's image size."""
+        pixels = self.loaders.pixels
+        return flops.count(self.model, (pixels.channels, pixels.height, pixels.width))
+
+    def learning_rates(self) -> list[float]:
+        """The learning rate at the first update of every epoch."""
+        rates = []
+        for epoch in range(self.settings.epochs):
+            self.scheduler.step_update(epoch * self.updates_per_epoch)
+            rates.append(float(self.optimizer.param_groups[0]["lr"]))
+        self.scheduler.step_update(0)
+        return rates
+
+    @property
+    def updates_per_epoch(self) -> int:
+        """Optimizer updates in an epoch."""
+        return updates_per_epoch(len(self.loaders.train), self.settings.accumulate)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        result: metrics of the last and the best epoch.
+        report: the verifier's, on the checkpoint as written.
+        ema_report: likewise for the averaged weights, if there are any.
+        dense_bytes: what the tensors take when stored dense.
+        file_bytes: size of the checkpoint.
+        memory: bytes the method held at its peak, by kind.
+        seconds: of training and evaluation, in this process.
+    """
+
+    result: FitResult
+    report: Report
+    ema_report: Report | None
+    dense_bytes: int
+    file_bytes: int
+    memory: Mapping[str, int]
+    seconds: float
+
+
+def smoke(resolved: ResolvedRecipe) -> ResolvedRecipe:
+    """The same recipe cut down to seconds: generated images, a few epochs that pass every phase of the method."""
+    recipe = resolved.recipe
+    values: dict[str, Any] = {
+        "data.source": GENERATED,
+        "data.root": "",
+        "data.download": False,
+        "data.class_map": "",
+        "data.batch_size": 8,
+        "data.workers": 0,
+        "data.image_size": 32 if recipe.data.image_size in range(1, 65) else 64,
+        "train.epochs": _SMOKE_EPOCHS,
+        "train.eval_every": 1,
+        "train.save_every": 1,
+        "train.accumulate": 1,
+        "schedule.warmup_epochs": min(1, recipe.schedule.warmup_epochs),
+        "schedule.decay_milestones": [2] if recipe.schedule.name == "multistep" else [],
+        "schedule.decay_epochs": 2 if recipe.schedule.name == "step" else recipe.schedule.decay_epochs,
+        "augment.mixup_off_epoch": min(2, recipe.augment.mixup_off_epoch),
+    }
+    if "t_f" in METHODS[recipe.method["name"]].options.model_fields:
+        values |= {"method.t_i": 0, "method.t_f": _SMOKE_EPOCHS // 2}
+    return with_values(resolved, values, "--smoke")
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a recipe; "auto" takes a GPU where there is one.
+
+    Raises:
+        UsageError: for a device that is not there, or is none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"device {name!r}: write cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device {name!r} is not supported: cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"device {name!r}: torch {torch.__version__} finds {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def prepare(resolved: ResolvedRecipe) -> Job:
+    """Build everything that a run needs and check that it goes together; nothing is written.
+
+    Raises:
+        UsageError: of the kind that tells what does not fit: model, data, layers, method, optimizer.
+    """
+    recipe = resolved.recipe
+    models.check_torchvision()
+    device = choose_device(recipe.train.device)
+    if not recipe.model.name:
+        raise UsageError("no model: name one (lbc train resnet50 ...) or give a --recipe that has a model.name")
+    models.check_name(recipe.model.name)
+    source = _open(resolved)
+    make_deterministic(recipe.train.seed, device)
+    model = _create(resolved, source.num_classes).to(device)
+    if recipe.train.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    optimizer = make_optimizer(model, recipe.optimizer)
+    loaders = data.make_loaders(
+        source,
+        recipe.data,
+        recipe.augment,
+        data_config=models.data_config(model, recipe.data.image_size),
+        device=device,
+        seed=recipe.train.seed,
+    )
+    epochs = recipe.train.epochs
+    updates = updates_per_epoch(len(loaders.train), recipe.train.accumulate)
+    scheduler = make_scheduler(optimizer, recipe.schedule, epochs, updates)
+    options = {key: value for key, value in recipe.method.items() if key != "name" and value is not None}
+    pruner = attach(
+        model,
+        optimizer,
+        pattern=recipe.sparsity.pattern,
+        vector=recipe.sparsity.vector,
+        layers=recipe.sparsity.layers,
+        method=recipe.method["name"],
+        epochs=epochs,
+        **options,
+    )
+    settings = FitSettings.of(recipe.train, device)
+    return Job(resolved, device, source, loaders, model, optimizer, scheduler, pruner, make_task(recipe), settings)
+
+
+def _open(resolved: ResolvedRecipe) -> data.DataSource:
+    recipe = resolved.recipe
+    if recipe.data.source == GENERATED:
+        return data.generated_data(size=recipe.data.image_size or 32, n=4 * min(recipe.data.batch_size, 64))
+    return data.open_data(recipe.data)
+
+
+def _create(resolved: ResolvedRecipe, num_classes: int) -> nn.Module:
+    wanted = resolved.recipe.model
+    return models.create(
+        wanted.name,
+        num_classes=num_classes,
+        image_size=resolved.recipe.data.image_size,
+        pretrained=wanted.pretrained,
+        init=Path(wanted.init) if wanted.init else None,
+        read=_read_init,
+        drop_rate=wanted.drop_rate or None,
+        drop_path_rate=wanted.drop_path_rate or None,
+        kwargs=wanted.kwargs,
+    )
+
+
+def _read_init(path: Path) -> Mapping[str, torch.Tensor]:
+    """Weights to start from: one of our checkpoints, or safetensors with plain names."""
+    if not path.is_file():
+        raise ModelError(f"{path}: no such weight file")
+    with contextlib.suppress(SafetensorError), safe_open(path, "pt") as file:
+        if "lbc" in (file.metadata() or {}):
+            return checkpoint.read(path).tensors
+    return models.read_safetensors(path)
+
+
+def resume(folder: RunFolder) -> Job:
+    """The job of an earlier run, from its folder.
+
+    Raises:
+        OutputError: if that run has ended, or saved no state to go on from.
+        UsageError: if its settings do not fit this machine.
+    """
+    if folder.summary.is_file():
+        raise OutputError(f"the run in {folder.path} has ended ({folder.summary.name} is there): start another one")
+    if not folder.state.is_file():
+        raise OutputError(f"{folder.path} has no {folder.state.name}: that run ended before its first state was saved")
+    return prepare(resolve(folder.recipe))
+
+
+class _Recorder:
+    """A reporter that writes what it hears to the metrics files and passes it on."""
+
+    def __init__(self, log: MetricsLog, inner: Reporter, pruner: Pruner) -> None:
+        self._log, self._inner, self._pruner = log, inner, pruner
+        self.memory: dict[str, int] = {}
+
+    def start(self, info: Mapping[str, Any]) -> None:
+        self._inner.start(info)
+
+    def epoch_started(self, epoch: int, epochs: int, steps: int, facts: Mapping[str, Any]) -> None:
+        self._inner.epoch_started(epoch, epochs, steps, facts)
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        self._log.append("step", **record)
+        held = self._pruner.memory_bytes()
+        self.memory = {kind: max(self.memory.get(kind, 0), size) for kind, size in held.items()}
+        self._inner.step(record)
+
+    def epoch_ended(self, record: Mapping[str, Any]) -> None:
+        self._log.append("epoch", **record)
+        self._inner.epoch_ended(record)
+
+    def message(self, text: str, level: str = "info") -> None:
+        self._inner.message(text, level)
+
+    def finish(self) -> None:
+        self._inner.finish()
+
+
+def run(
+    job: Job,
+    folder: RunFolder,
+    *,
+    resuming: bool = False,
+    reporter: Reporter | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Outcome:
+    """Train, save the checkpoint, verify it, and write the summary.
+
+    Args:
+        job: from `prepare`, or from `resume` together with `resuming`.
+        folder: new, or that of the run to go on with.
+        resuming: continue from the folder's state.
+        reporter: shows the run.
+        stop: polled; once true the run ends in order.
+
+    Raises:
+        Interrupted, DivergenceError: from the loop; the state of the last epoch is in the folder.
+        VerificationError: if the checkpoint does not hold what it claims.
+        OutputError: if the folder cannot be written.
+    """
+    state = _load_state(folder) if resuming else None
+    if not resuming:
+        folder.write_recipe(job.resolved.text)
+        folder.write_environment(runs.describe_environment())
+    log = folder.metrics(None if state is None else int(state["epoch"]))
+    recorder = _Recorder(log, reporter or NullReporter(), job.pruner)
+    start = time.perf_counter()
+    result = fit(
+        job.model,
+        job.optimizer,
+        job.scheduler,
+        job.pruner,
+        job.task,
+        job.loaders,
+        job.settings,
+        reporter=recorder,
+        save_state=lambda state: checkpoint.save_state(folder.state, state),
+        resume=state,
+        stop=stop,
+    )
+    seconds = time.perf_counter() - start
+    report, ema_report = _save(job, folder, result)
+    dense = sum(t.numel() * t.element_size() for t in job.model.state_dict().values())
+    outcome = Outcome(result, report, ema_report, dense, folder.model.stat().st_size, recorder.memory, seconds)
+    folder.write_summary(summary(job, outcome))
+    return outcome
+
+
+def _load_state(folder: RunFolder) -> dict[str, Any]:
+    state = checkpoint.load_state(folder.state)
+    if not isinstance(state, dict) or "epoch" not in state:
+        raise CheckpointError(f"{folder.state} is not the state of a run: it has no epoch to go on from")
+    return state
+
+
+def _save(job: Job, folder: RunFolder, result: FitResult) -> tuple[Report, Report | None]:
+    """Write and verify the checkpoint, and that of the averaged weights."""
+    created = models.created(job.model)
+    assert created is not None
+    arch = {"arch": created.arch, "kwargs": dict(created.kwargs), "task": job.resolved.recipe.task}
+    pixels = dataclasses.asdict(job.loaders.pixels)
+    shared: dict[str, Any] = {"pruner": job.pruner, "arch": arch, "recipe": job.resolved.text, "overwrite": True}
+    metrics = {key: value for key, value in result.last.items() if isinstance(value, int | float)}
+    described = {**metrics, "pixels": pixels, "class_names": job.source.class_names}
+    with job.pruner.deployed():
+        checkpoint.save(job.model, folder.model, metrics=described, **shared)
+    if result.ema is None:
+        return _verified(folder.model), None
+    checkpoint.save(job.model, folder.ema, metrics=described, tensors=result.ema.state_dict(), **shared)
+    return _verified(folder.model), _verified(folder.ema)
+
+
+def _verified(path: Path) -> Report:
+    report = verify(path)
+    if not report.ok:
+        raise VerificationError(f"{path} does not hold what it claims: {report.findings[0].message}; a bug in lbc")
+    return report
+
+
+def summary(job: Job, outcome: Outcome) -> dict[str, Any]:
+    """What summary.json says of a run; plain values only."""
+    last, best = outcome.result.last, outcome.result.best
+    return {
+        "model": job.resolved.recipe.model.name,
+        "method": job.pruner.method,
+        "pattern": str(job.pattern) if job.sparse else None,
+        "data": job.source.name,
+        "seed": job.settings.seed,
+        "epochs": job.settings.epochs,
+        "last": last,
+        "best": best,
+        "density": job.pruner.density(),
+        "layers": job.pruner.densities(),
+        "dense_layers": {s.name: s.reason for s in job.pruner.skipped},
+        "method_bytes": dict(outcome.memory),
+        "dense_bytes": outcome.dense_bytes,
+        "file_bytes": outcome.file_bytes,
+        "seconds": outcome.seconds,
+        "verified": outcome.report.ok,
+    }
