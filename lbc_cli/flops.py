@@ -180,15 +180,15 @@ def dense_totals(cost: Cost) -> Totals:
 def sparse_totals(cost: Cost, densities: Mapping[str, float]) -> Totals:
     """Multiply-adds and parameters when weights are kept in part; every other product and parameter counts in full.
 
-    ResNet-50, 224 px, 1:16 with stem and classifier dense, against Table 4 of LBC (which repeats SR-STE's):
+    ResNet-50, 224 px, 1:16 with stem and classifier dense, against Table 4 of LBC:
 
                         parameters                       multiply-adds
         dense           25.56 M (paper 25.6)             4.09 G (paper 4.10)
         1:16            3.58 M, of which 0.05 M norms    0.37 G (paper 0.44)
                         (paper 3.52: without norms)
 
-    0.37 G is 0.118 G of stem + 0.002 G of classifier + 3.969 G / 16. No choice of layers left dense was found that
-    gives the paper's 0.44 G together with its 3.52 M.
+    0.37 G is 0.118 G of stem + 0.002 G of classifier + 3.969 G / 16. The paper's 3.52 M fixes the same choice of dense
+    layers, so that its 0.44 G must be counted in another way, which it does not state.
 
     Args:
         cost: from `count`.
@@ -210,7 +210,7 @@ def training_share(densities: Iterable[float], *, sparse_passes: int) -> float:
     A step multiplies by each weight three times: forward, gradient of the input, gradient of the weight. A pass that
     can use the sparse weight costs its density d, the others cost 1, so that k sparse passes cost (k d + 3 - k) / 3:
 
-        k = 1   (d + 2) / 3     dense weights behind the sparse ones (SR-STE); these are the paper's figures for it
+        k = 1   (d + 2) / 3     dense weights behind the sparse ones (SR-STE); the paper's figures for it, to 0.01
         k = 2   (2 d + 1) / 3   a dense weight gradient (LBC while it scores removed and kept weights alike)
         k = 3   d               everything sparse
 

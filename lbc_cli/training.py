@@ -223,8 +223,8 @@ def _create(resolved: ResolvedRecipe, num_classes: int) -> nn.Module:
         pretrained=wanted.pretrained,
         init=Path(wanted.init) if wanted.init else None,
         read=_read_init,
-        drop_rate=wanted.drop_rate or None,
-        drop_path_rate=wanted.drop_path_rate or None,
+        drop_rate=wanted.drop_rate,
+        drop_path_rate=wanted.drop_path_rate,
         kwargs=wanted.kwargs,
     )
 
@@ -349,8 +349,7 @@ def _save(job: Job, folder: RunFolder, result: FitResult) -> tuple[Report, Repor
     shared: dict[str, Any] = {"pruner": job.pruner, "arch": arch, "recipe": job.resolved.text, "overwrite": True}
     metrics = {key: value for key, value in result.last.items() if isinstance(value, int | float)}
     described = {**metrics, "pixels": pixels, "class_names": job.source.class_names}
-    with job.pruner.deployed():
-        checkpoint.save(job.model, folder.model, metrics=described, **shared)
+    checkpoint.save(job.model, folder.model, metrics=described, **shared)
     if result.ema is None:
         return _verified(folder.model), None
     checkpoint.save(job.model, folder.ema, metrics=described, tensors=result.ema.state_dict(), **shared)

@@ -77,13 +77,30 @@ def parts(content: bytes) -> tuple[dict[str, Any], dict[str, Any], bytearray]:
     return header, json.loads(header["__metadata__"]["lbc"]), bytearray(content[8 + length :])
 
 
-def sealed(header: dict[str, Any], manifest: dict[str, Any], data: bytes) -> bytes:
+def canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+# Manifests that say the same in another spelling.
+SPELLINGS: dict[str, Callable[[Any], str]] = {
+    "spaces": lambda manifest: json.dumps(manifest, sort_keys=True, ensure_ascii=False),
+    "other order": lambda manifest: json.dumps(dict(reversed(manifest.items())), separators=(",", ":")),
+    "repeated key": lambda manifest: canonical(manifest)[:-1] + ',"version":1}',
+    "escaped": lambda manifest: canonical(manifest).replace('"fc.bias"', '"fc\\u002ebias"'),
+    "newline": lambda manifest: canonical(manifest) + "\n",
+    "other number": lambda manifest: canonical(manifest).replace("12.5", "1.25e1"),
+}
+
+
+def sealed(
+    header: dict[str, Any], manifest: dict[str, Any], data: bytes, spell: Callable[[Any], str] = canonical
+) -> bytes:
     """A file around these parts with every digest recomputed, as someone who tampers with it would."""
     for name, entry in header.items():
         if name in manifest.get("tensors", {}) and name != "__metadata__":
             begin, end = entry["data_offsets"]
             manifest["tensors"][name]["sha256"] = hashlib.sha256(data[begin:end]).hexdigest()
-    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    text = spell(manifest)
     header["__metadata__"]["lbc"] = text
     header["__metadata__"]["lbc.sha256"] = hashlib.sha256(text.encode()).hexdigest()
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()

@@ -26,6 +26,7 @@ from lbc_cli.targets import find_targets
 from tests.checkpoints import (
     MUTATIONS,
     PATTERNS,
+    SPELLINGS,
     FakePruner,
     SmallNet,
     parts,
@@ -376,6 +377,12 @@ def test_tampering_with_new_digests_is_refused(name: str, tmp_path: Path) -> Non
     assert not refused(tmp_path / "d", sealed(header, manifest, data)), "sealing itself must be harmless"
     MUTATIONS[name](header, manifest, data)
     assert refused(tmp_path / "d", sealed(header, manifest, data))
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_other_spellings_of_the_manifest_are_refused(name: str, tmp_path: Path) -> None:
+    small_checkpoint(tmp_path / "m")
+    assert refused(tmp_path / "d", sealed(*parts((tmp_path / "m").read_bytes()), spell=SPELLINGS[name]))
 
 
 def test_other_spellings_are_refused(tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ def test_an_input_that_the_model_does_not_take_is_one_line() -> None:
 def test_training_share_of_srste_is_the_papers(density: float, paper: float) -> None:
     share = training_share([density] * 120, sparse_passes=1)
     assert share == pytest.approx((density + 2) / 3)
-    assert round(share, 2) == paper  # Table 1 has 0.74 for 1:4 in the text, 0.75 by its own formula
+    assert round(share, 2) == paper  # Table 1, which has 0.74 at 1:4 and 2:8
 
 
 @pytest.mark.parametrize("density", [0.0, 0.3, 1.0])

@@ -197,6 +197,34 @@ def test_step_with_a_closure(keyword: bool) -> None:
     same_run(loop)
 
 
+def test_in_a_loop_of_timms_parts() -> None:
+    """timm's optimizer, scheduler per update, clipping, scaler (off on a CPU) and average of the weights."""
+    from timm.optim import create_optimizer_v2
+    from timm.scheduler import create_scheduler_v2
+    from timm.utils import ModelEmaV3, NativeScaler
+
+    model = network()
+    optimizer = create_optimizer_v2(model, opt="sgd", lr=0.02, momentum=0.9, weight_decay=1e-3)
+    scheduler, _ = create_scheduler_v2(
+        optimizer, num_epochs=EPOCHS, warmup_epochs=1, warmup_lr=0.0, step_on_epochs=False, updates_per_epoch=STEPS
+    )
+    pruner = attach(model, optimizer, epochs=EPOCHS, layers=LAYERS)
+    average, scaler, updates = ModelEmaV3(model, decay=0.9), NativeScaler(device="cpu"), 0
+    for epoch in range(EPOCHS):
+        pruner.begin_epoch(epoch)
+        for images, labels in batches(epoch):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(images), labels)
+            scaler(loss, optimizer, clip_grad=1.0, clip_mode="norm", parameters=model.parameters())
+            updates += 1
+            scheduler.step_update(updates)
+            average.update(model)
+    pruner.project_(average.module)
+    assert_effective(pruner)
+    assert pruner.density() == 0.5
+    assert patterns.holds(average.module.get_parameter("1.weight"), pruner.targets[0].pattern)
+
+
 def test_under_torch_compile() -> None:
     def loop(model: nn.Module, optimizer: torch.optim.Optimizer, pruner: Pruner) -> None:
         train(torch.compile(model, backend="aot_eager"), optimizer, pruner, range(EPOCHS))

@@ -553,9 +553,10 @@ def test_a_resolved_recipe_reads_back_as_itself(name: str | None, tmp_path: Path
     again = same(resolved, tmp_path)
     assert again.recipe == resolved.recipe
     assert resolved.text == to_toml(resolved)
-    unset = {key for key, value in resolved.recipe.method.items() if value is None}
+    tables = {"method": resolved.recipe.method, "model": resolved.recipe.model.model_dump()}
+    unset = {f"{table}.{key}" for table, values in tables.items() for key, value in values.items() if value is None}
     defaults = {key for key, origin in again.provenance.items() if origin == "default"}
-    assert defaults == {f"method.{key}" for key in unset}
+    assert defaults == unset
 
 
 def test_the_provenance_stands_behind_each_value() -> None:

@@ -18,7 +18,7 @@ from lbc_cli.patterns import Pattern, magnitude_mask
 from lbc_cli.targets import find_targets
 from lbc_cli.verifier import Report, verify
 from lbc_cli.verifier.bits import FORMATS, Census, count, population, unsigned
-from tests.checkpoints import MUTATIONS, FakePruner, parts, sealed, small_checkpoint, small_model
+from tests.checkpoints import MUTATIONS, SPELLINGS, FakePruner, parts, sealed, small_checkpoint, small_model
 from tests.golden.encoder import FOLDER, golden
 from tests.test_checkpoint import flips
 from tests.test_packing import DTYPES, random_bits, sparse_weight
@@ -109,6 +109,13 @@ def test_tampering_with_new_digests_is_found(name: str, tmp_path: Path) -> None:
     header, manifest, data = parts((tmp_path / "m").read_bytes())
     MUTATIONS[name](header, manifest, data)
     (tmp_path / "d").write_bytes(sealed(header, manifest, data))
+    assert not verify(tmp_path / "d").ok
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_other_spellings_of_the_manifest_are_found(name: str, tmp_path: Path) -> None:
+    small_checkpoint(tmp_path / "m")
+    (tmp_path / "d").write_bytes(sealed(*parts((tmp_path / "m").read_bytes()), spell=SPELLINGS[name]))
     assert not verify(tmp_path / "d").ok
 
 

@@ -29,8 +29,10 @@ class Model(Table):
     name: str = Field(default="", description="timm model name; the command line's MODEL overrides it")
     pretrained: bool = Field(default=False, description="start from timm's pretrained weights")
     init: str = Field(default="", description="start from this weight file (safetensors); excludes pretrained")
-    drop_rate: Probability = Field(default=0.0, description="dropout before the classifier")
-    drop_path_rate: Probability = Field(default=0.0, description="stochastic depth")
+    drop_rate: Probability | None = Field(
+        default=None, description="dropout before the classifier; unset: the model's"
+    )
+    drop_path_rate: Probability | None = Field(default=None, description="stochastic depth; unset: the model's own")
     kwargs: dict[str, Any] = Field(default_factory=dict, description="further arguments of timm.create_model")
 
     @model_validator(mode="after")
@@ -106,7 +108,7 @@ class Optimizer(Table):
 
     name: str = Field(
         default="sgd",
-        description="timm optimizer name, element-wise; timm's sgd is with Nesterov's momentum unless kwargs say otherwise",
+        description="timm optimizer name, element-wise; timm's sgd has Nesterov's momentum unless kwargs say no",
     )
     lr: Rate = Field(default=0.1, description="peak learning rate")
     momentum: Rate = Field(default=0.9, description="momentum of SGD-like optimizers")

@@ -1,0 +1,51 @@
+"""The bench: clocks that time the method's hooks and nothing else."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from lbc_cli.bench import HookClock, StepSetup, StepTimes, train_bench
+from lbc_cli.errors import LbcError, UsageError
+
+
+def test_a_clock_counts_only_what_stands_between_its_marks() -> None:
+    clock = HookClock(torch.device("cpu"))
+    weight = nn.Parameter(torch.ones(3))
+    weight.register_hook(clock.mark)
+    weight.register_hook(lambda grad: time.sleep(0.02))
+    weight.register_hook(clock.mark)
+    weight.register_hook(lambda grad: time.sleep(0.2))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    optimizer.register_step_pre_hook(clock.mark)
+    optimizer.register_step_pre_hook(lambda *_: time.sleep(0.02))
+    optimizer.register_step_pre_hook(clock.mark)
+    weight.sum().backward()
+    optimizer.step()
+    assert 0.04 <= clock.take() < 0.15
+    assert clock.take() == 0.0
+
+
+def test_quartiles_of_known_times() -> None:
+    assert StepTimes("x", (4.0, 1.0, 3.0, 2.0, 5.0), 0).quartiles == (2.0, 3.0, 4.0)
+    assert StepTimes("x", (7.0,), 0).quartiles == (7.0, 7.0, 7.0)
+
+
+def test_the_methods_memory_and_both_peaks_are_measured() -> None:
+    setup = StepSetup(model="test_resnet", batch=2, image_size=32, steps=2, warmup=1, pattern="4:8")
+    result = train_bench(setup)
+    assert len(result.dense.seconds) == len(result.method.seconds) == len(result.hooks) == 2
+    assert result.memory["score"] == result.memory["momentum"] == 4 * result.memory["mask"]
+    assert result.memory["candidates"] > result.memory["mask"]  # 70 candidates: 9 bytes for 8 weights
+    assert result.removal > 0
+    assert result.dense.peak_bytes > 50_000_000  # a process with torch loaded
+
+
+def test_settings_that_cannot_be_measured_are_refused() -> None:
+    with pytest.raises(UsageError, match="at least 1"):
+        train_bench(StepSetup(model="test_resnet", steps=0))
+    with pytest.raises(LbcError, match="Did you mean"):
+        train_bench(StepSetup(model="test_resnet", method="lcb"))

@@ -1,0 +1,87 @@
+"""What only a CUDA device can show. Skipped where there is none: `pytest -m gpu`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lbc_cli import checkpoint, training
+from lbc_cli.bench import StepSetup, train_bench
+from lbc_cli.methods import attach
+from lbc_cli.recipe import resolve
+from lbc_cli.runs import RunFolder
+from tests.test_methods import EPOCHS, LAYERS, batches, network
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+CUDA = torch.device("cuda")
+
+
+def train(device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    model = network(dtype).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, weight_decay=1e-3)
+    pruner = attach(model, optimizer, epochs=EPOCHS, layers=LAYERS)
+    for epoch in range(EPOCHS):
+        pruner.begin_epoch(epoch)
+        for images, labels in batches(epoch, dtype):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(images.to(device)), labels.to(device)).backward()
+            optimizer.step()
+    return model.cpu(), {name: mask.cpu() for name, mask in pruner.masks().items()}
+
+
+def test_masks_and_weights_are_those_of_the_cpu_in_float64() -> None:
+    on_cpu, on_gpu = train(torch.device("cpu"), torch.float64), train(CUDA, torch.float64)
+    for name, mask in on_cpu[1].items():
+        assert torch.equal(mask, on_gpu[1][name])
+    for name, weight in on_cpu[0].named_parameters():
+        torch.testing.assert_close(on_gpu[0].get_parameter(name), weight, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_gradient_scaler_in_float16_with_overflows(fused: bool) -> None:
+    model = network().to(CUDA)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, fused=fused)
+    pruner = attach(model, optimizer, epochs=EPOCHS, layers=LAYERS)
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**24)  # overflows at first
+    for epoch in range(EPOCHS):
+        pruner.begin_epoch(epoch)
+        for images, labels in batches(epoch):
+            optimizer.zero_grad()
+            with torch.autocast("cuda", dtype=torch.float16):
+                loss = nn.functional.cross_entropy(model(images.to(CUDA)), labels.to(CUDA))
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    assert scaler.get_scale() < 2.0**24
+    assert pruner.density() == 0.5
+    assert (model[1].weight[~pruner.masks()["1.weight"]] == 0).all()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_whole_run_in_bfloat16(compiled: bool, tmp_path: Path) -> None:
+    overrides = [
+        "train.amp=bfloat16",
+        "train.channels_last=true",
+        "train.ema=true",
+        f"train.compile={str(compiled).lower()}",
+    ]
+    flags = {"model.name": "test_resnet", "data.source": "digits", "train.device": "cuda"}
+    job = training.prepare(training.smoke(resolve("digits", overrides=overrides, flags=flags)))
+    outcome = training.run(job, RunFolder.create(tmp_path / "run"))
+    assert outcome.report.ok
+    assert outcome.ema_report is not None
+    assert outcome.ema_report.ok
+    model = checkpoint.load(tmp_path / "run" / "model.safetensors", device=CUDA)
+    assert model(torch.zeros(1, 3, 64, 64, device=CUDA)).isfinite().all()
+
+
+def test_the_bench_times_hooks_on_the_devices_clock() -> None:
+    setup = StepSetup(
+        model="resnet18", device=CUDA, batch=8, image_size=64, steps=3, amp="bfloat16", channels_last=True
+    )
+    result = train_bench(setup)
+    assert all(0 < inside < whole for inside, whole in zip(result.hooks, result.method.seconds, strict=True))
+    assert result.method.peak_bytes > result.dense.peak_bytes
