@@ -147,7 +147,23 @@ class FileSamples:
         return decode(self.encoded(index))
 
 
-class ArraySamples:
+class _Titled:
+    """What samples without file names have in common: a title and a number name them."""
+
+    def __init__(self, labels: Sequence[int] | NDArray[np.integer[Any]], title: str) -> None:
+        self.labels: NDArray[np.int64] = np.asarray(labels, dtype=np.int64)
+        self.title = title
+
+    def name(self, index: int) -> str:
+        """Title and number."""
+        return f"{self.title}[{index}]"
+
+    def label(self, index: int) -> int:
+        """The class id."""
+        return int(self.labels[index])
+
+
+class ArraySamples(_Titled):
     """Images in memory.
 
     Args:
@@ -157,20 +173,11 @@ class ArraySamples:
     """
 
     def __init__(self, images: NDArray[np.uint8], labels: NDArray[np.integer[Any]], title: str) -> None:
+        super().__init__(labels, title)
         self.images = images
-        self.labels = labels
-        self.title = title
 
     def __len__(self) -> int:
         return len(self.images)
-
-    def name(self, index: int) -> str:
-        """Title and number."""
-        return f"{self.title}[{index}]"
-
-    def label(self, index: int) -> int:
-        """The class id."""
-        return int(self.labels[index])
 
     def encoded(self, index: int) -> BinaryIO | None:
         """None: there is no file."""
@@ -181,7 +188,7 @@ class ArraySamples:
         return Image.fromarray(self.images[index])
 
 
-class TorchSamples:
+class TorchSamples(_Titled):
     """A torchvision data set that keeps its images in memory, checked against torchvision's own digests.
 
     Args:
@@ -191,20 +198,11 @@ class TorchSamples:
     """
 
     def __init__(self, dataset: Any, labels: Sequence[int], title: str) -> None:
+        super().__init__(labels, title)
         self.dataset = dataset
-        self.labels: NDArray[np.int64] = np.asarray(labels, dtype=np.int64)
-        self.title = title
 
     def __len__(self) -> int:
         return len(self.dataset)
-
-    def name(self, index: int) -> str:
-        """Title and number."""
-        return f"{self.title}[{index}]"
-
-    def label(self, index: int) -> int:
-        """The class id."""
-        return int(self.labels[index])
 
     def encoded(self, index: int) -> BinaryIO | None:
         """None: there is no file."""
@@ -216,7 +214,7 @@ class TorchSamples:
         return image
 
 
-class ReaderSamples:
+class ReaderSamples(_Titled):
     """A map-style timm reader, such as the one of Hugging Face tables.
 
     Args:
@@ -226,20 +224,11 @@ class ReaderSamples:
     """
 
     def __init__(self, reader: Any, labels: Sequence[int], title: str) -> None:
+        super().__init__(labels, title)
         self.reader = reader
-        self.labels: NDArray[np.int64] = np.asarray(labels, dtype=np.int64)
-        self.title = title
 
     def __len__(self) -> int:
         return len(self.reader)
-
-    def name(self, index: int) -> str:
-        """Title and number."""
-        return f"{self.title}[{index}]"
-
-    def label(self, index: int) -> int:
-        """The class id."""
-        return int(self.labels[index])
 
     def encoded(self, index: int) -> BinaryIO:
         """The file as the reader opens it."""

@@ -29,9 +29,7 @@ class Model(Table):
     name: str = Field(default="", description="timm model name; the command line's MODEL overrides it")
     pretrained: bool = Field(default=False, description="start from timm's pretrained weights")
     init: str = Field(default="", description="start from this weight file (safetensors); excludes pretrained")
-    drop_rate: Probability | None = Field(
-        default=None, description="dropout before the classifier; unset: the model's"
-    )
+    drop_rate: Probability | None = Field(default=None, description="dropout before the classifier; unset: the model's")
     drop_path_rate: Probability | None = Field(default=None, description="stochastic depth; unset: the model's own")
     kwargs: dict[str, Any] = Field(default_factory=dict, description="further arguments of timm.create_model")
 

@@ -5,19 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from lbc_cli.report import views
 from lbc_cli.report.formats import format_bytes, format_seconds, plural
-from lbc_cli.report.views import (
-    CheckedLayerView,
-    CostView,
-    EpochView,
-    LayerView,
-    PlanView,
-    SkippedView,
-    StepTiming,
-    SummaryView,
-    TrainBenchView,
-    VerifyView,
-)
 from lbc_cli.runs import RunFolder, describe_hardware
 
 if TYPE_CHECKING:
@@ -28,7 +17,7 @@ if TYPE_CHECKING:
 _BROKEN = ("pattern", "positions")  # rules of the verifier that say a group breaks its pattern
 
 
-def plan_view(job: Job, folder: str) -> PlanView:
+def plan_view(job: Job, folder: str) -> views.PlanView:
     """What a job would do.
 
     Args:
@@ -40,7 +29,7 @@ def plan_view(job: Job, folder: str) -> PlanView:
     epochs = range(job.settings.epochs)
     final = {target.name: target.pattern.density for target in pruner.targets}
     schedule = [
-        EpochView(
+        views.EpochView(
             epoch=epoch,
             density=pruner.planned_density(epoch),
             survivors=pruner.planned_survivors(epoch),
@@ -48,7 +37,7 @@ def plan_view(job: Job, folder: str) -> PlanView:
         )
         for epoch in epochs
     ]
-    return PlanView(
+    return views.PlanView(
         title=job.title,
         facts={**_facts(job), "run folder": folder},
         layers=_layers(job, final),
@@ -59,7 +48,7 @@ def plan_view(job: Job, folder: str) -> PlanView:
     )
 
 
-def summary_view(job: Job, outcome: Outcome, folder: RunFolder) -> SummaryView:
+def summary_view(job: Job, outcome: Outcome, folder: RunFolder) -> views.SummaryView:
     """How a run ended."""
     files = {"run folder": folder.path, "checkpoint": folder.model}
     if outcome.ema_report is not None:
@@ -67,7 +56,7 @@ def summary_view(job: Job, outcome: Outcome, folder: RunFolder) -> SummaryView:
     densities = job.pruner.densities()
     metrics = outcome.result.last
     names = ("top1", "top5", "val_loss", "ema_top1", "ema_top5", "train_loss")
-    return SummaryView(
+    return views.SummaryView(
         title=job.title,
         results={name: metrics[name] for name in names if name in metrics},
         layers=_layers(job, densities),
@@ -84,12 +73,12 @@ def summary_view(job: Job, outcome: Outcome, folder: RunFolder) -> SummaryView:
     )
 
 
-def verify_view(report: Report) -> VerifyView:
+def verify_view(report: Report) -> views.VerifyView:
     """What the verifier found."""
     facts = {"kind": report.kind, "phase": report.phase, "method": report.method, "manifest": report.digest}
     violations = {finding.tensor: finding.count for finding in report.findings if finding.rule in _BROKEN}
     layers = [
-        CheckedLayerView(
+        views.CheckedLayerView(
             name=layer.name,
             shape=tuple(layer.shape),
             pattern=layer.pattern,
@@ -106,10 +95,10 @@ def verify_view(report: Report) -> VerifyView:
     known = {name: value for name, value in facts.items() if value}
     if report.dense:
         known["dense tensors"] = str(len(report.dense))
-    return VerifyView(path=report.path, ok=report.ok, layers=layers, findings=findings, facts=known)
+    return views.VerifyView(path=report.path, ok=report.ok, layers=layers, findings=findings, facts=known)
 
 
-def train_bench_view(result: TrainBench) -> TrainBenchView:
+def train_bench_view(result: TrainBench) -> views.TrainBenchView:
     """A measured training step."""
     setup = result.setup
     hooks = sorted(result.hooks)
@@ -123,7 +112,7 @@ def train_bench_view(result: TrainBench) -> TrainBenchView:
         "method memory": ", ".join(f"{kind} {format_bytes(size)}" for kind, size in result.memory.items() if size),
         **_hardware(),
     }
-    return TrainBenchView(
+    return views.TrainBenchView(
         title=f"{setup.model} · {setup.method} {setup.pattern}",
         images=setup.batch,
         steps=setup.steps,
@@ -134,9 +123,9 @@ def train_bench_view(result: TrainBench) -> TrainBenchView:
     )
 
 
-def _timing(times: StepTimes) -> StepTiming:
+def _timing(times: StepTimes) -> views.StepTiming:
     low, median, high = times.quartiles
-    return StepTiming(
+    return views.StepTiming(
         name=times.name, median=median, first_quartile=low, third_quartile=high, peak_bytes=times.peak_bytes
     )
 
@@ -170,9 +159,9 @@ def _hardware() -> dict[str, str]:
     return {"hardware": str(place), "versions": versions()}
 
 
-def _layers(job: Job, densities: Mapping[str, float]) -> list[LayerView]:
+def _layers(job: Job, densities: Mapping[str, float]) -> list[views.LayerView]:
     return [
-        LayerView(
+        views.LayerView(
             name=target.name,
             shape=tuple(target.weight.shape),
             pattern=str(target.pattern),
@@ -183,18 +172,18 @@ def _layers(job: Job, densities: Mapping[str, float]) -> list[LayerView]:
     ]
 
 
-def _skipped(job: Job) -> list[SkippedView]:
-    return [SkippedView(name=s.name, shape=tuple(s.shape), reason=s.reason) for s in job.pruner.skipped]
+def _skipped(job: Job) -> list[views.SkippedView]:
+    return [views.SkippedView(name=s.name, shape=tuple(s.shape), reason=s.reason) for s in job.pruner.skipped]
 
 
-def _cost(job: Job, densities: Mapping[str, float]) -> CostView:
+def _cost(job: Job, densities: Mapping[str, float]) -> views.CostView:
     from lbc_cli import flops
 
     cost = job.count()
     dense, sparse = flops.dense_totals(cost), flops.sparse_totals(cost, densities)
     planned = [job.pruner.planned_density(epoch) for epoch in range(job.settings.epochs)]
     share = flops.training_share(planned, sparse_passes=2)
-    return CostView(
+    return views.CostView(
         parameters_dense=dense.params,
         parameters_sparse=sparse.params,
         macs_dense=dense.macs,
