@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lbc_cli import models
+from lbc_cli import flops, models
 from lbc_cli.engine import make_deterministic, memory_advice
 from lbc_cli.errors import LbcError, UsageError
 from lbc_cli.methods import METHODS, Pruner, attach
@@ -54,6 +54,15 @@ class StepSetup:
     channels_last: bool = False
     steps: int = 10
     warmup: int = 2
+
+    def __post_init__(self) -> None:
+        """Refuse a type that autocast does not have here.
+
+        Raises:
+            UsageError: naming those there are.
+        """
+        if self.amp not in _DTYPES:
+            raise UsageError(f"amp = {self.amp!r}: one of {', '.join(_DTYPES)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +132,8 @@ class _Stepper:
     def __init__(self, setup: StepSetup, method: str) -> None:
         make_deterministic(0, setup.device)
         model = models.create(setup.model, num_classes=None, image_size=setup.image_size).to(setup.device)
-        size = models.data_config(model, setup.image_size)["input_size"]
+        size = models.input_size(model, setup.image_size)
+        flops.count(model, size)  # refuses an image that the model cannot take
         layout = torch.channels_last if setup.channels_last else torch.contiguous_format
         self.model = model.to(memory_format=layout).train()
         self.images = torch.randn(setup.batch, *size, device=setup.device).to(memory_format=layout)

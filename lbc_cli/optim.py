@@ -82,7 +82,7 @@ def make_optimizer(model: nn.Module, settings: schema.Optimizer) -> Optimizer:
         )
     except (TypeError, ValueError, AssertionError, ImportError, RuntimeError) as problem:
         raise MethodError(
-            f"optimizer {settings.name!r} cannot be made: {problem}{_nesterov_hint(settings)}"
+            f"optimizer {settings.name!r} cannot be made: {problem}{_hint(settings, problem)}"
         ) from problem
     return optimizer
 
@@ -114,8 +114,11 @@ def _check_optimizer(settings: schema.Optimizer) -> None:
         )
 
 
-def _nesterov_hint(settings: schema.Optimizer) -> str:
-    """The remedy where timm's "sgd", Nesterov by default, meets settings that only classical momentum takes."""
+def _hint(settings: schema.Optimizer, problem: Exception) -> str:
+    """The remedy where an argument belongs to another optimizer, or needs momentum without Nesterov's."""
+    strange = [key for key in settings.kwargs if isinstance(problem, TypeError) and f"'{key}'" in str(problem)]
+    if strange:
+        return f"; optimizer.kwargs.{strange[0]} is not for it: leave it out, or set optimizer.kwargs = {{}} for none"
     if settings.name.lower() == "sgd" and (settings.momentum == 0 or settings.kwargs.get("dampening")):
         return "; name = 'momentum' is SGD without Nesterov"
     return ""
@@ -174,7 +177,7 @@ def _builder(schedule: schema.Schedule, epochs: int, updates: int) -> Callable[.
 
 def _check_schedule(schedule: schema.Schedule, epochs: int, rate: float) -> None:
     for key, users in _USED_BY.items():
-        default = type(schedule).model_fields[key].get_default(call_default_factory=True)
+        default = type(schedule).model_fields[key].get_default(call_default_factory=True, validated_data={})
         if schedule.name not in users and getattr(schedule, key) != default:
             raise MethodError(
                 f"schedule.{key} = {getattr(schedule, key)}: schedule {schedule.name!r} has no use for it "

@@ -356,7 +356,7 @@ def _read_records(path: Path) -> list[Record]:
     Raises:
         CheckpointError: if any other line is not a record.
     """
-    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
+    lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
     records = []
     for number, line in enumerate(lines[:-1], start=1):
         try:

@@ -36,6 +36,8 @@ from lbc_cli.verifier import Report, verify
 
 GENERATED = "generated"
 _SMOKE_EPOCHS = 4
+# Time and memory differ from run to run: they stay out of the checkpoint, so that equal runs give equal bytes.
+_MEASURED = frozenset({"seconds", "images_per_second", "data_wait", "memory"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +206,23 @@ def prepare(resolved: ResolvedRecipe) -> Job:
         **options,
     )
     settings = FitSettings.of(recipe.train, device)
-    return Job(resolved, device, source, loaders, model, optimizer, scheduler, pruner, make_task(recipe), settings)
+    job = Job(resolved, device, source, loaders, model, optimizer, scheduler, pruner, make_task(recipe), settings)
+    _check_runs(job)
+    return job
+
+
+def _check_runs(job: Job) -> None:
+    """Pass one image through a copy of the model without memory, before anything is written.
+
+    Raises:
+        ModelError: if the model cannot run on images of this size.
+    """
+    try:
+        job.count()
+    except ModelError as error:
+        raise ModelError(
+            f"{error}; set data.image_size to a size that {job.resolved.recipe.model.name} takes"
+        ) from error
 
 
 def _open(resolved: ResolvedRecipe) -> data.DataSource:
@@ -346,8 +364,11 @@ def _save(job: Job, folder: RunFolder, result: FitResult) -> tuple[Report, Repor
     assert created is not None
     arch = {"arch": created.arch, "kwargs": dict(created.kwargs), "task": job.resolved.recipe.task}
     pixels = dataclasses.asdict(job.loaders.pixels)
-    shared: dict[str, Any] = {"pruner": job.pruner, "arch": arch, "recipe": job.resolved.text, "overwrite": True}
-    metrics = {key: value for key, value in result.last.items() if isinstance(value, int | float)}
+    # The folder's own text: a resumed run read its values from there, and would call that their origin.
+    recipe = folder.recipe.read_text(encoding="utf-8")
+    shared: dict[str, Any] = {"pruner": job.pruner, "arch": arch, "recipe": recipe, "overwrite": True}
+    numbers = {key: value for key, value in result.last.items() if isinstance(value, int | float)}
+    metrics = {key: value for key, value in numbers.items() if key not in _MEASURED}
     described = {**metrics, "pixels": pixels, "class_names": job.source.class_names}
     checkpoint.save(job.model, folder.model, metrics=described, **shared)
     if result.ema is None:

@@ -49,3 +49,10 @@ def test_settings_that_cannot_be_measured_are_refused() -> None:
         train_bench(StepSetup(model="test_resnet", steps=0))
     with pytest.raises(LbcError, match="Did you mean"):
         train_bench(StepSetup(model="test_resnet", method="lcb"))
+
+
+def test_what_cannot_be_measured_is_refused_in_one_line() -> None:
+    with pytest.raises(UsageError, match="amp = 'x': one of off, bfloat16, float16"):
+        StepSetup(model="test_resnet", amp="x")
+    with pytest.raises(UsageError, match="does not run on an input of 3 x 8 x 8"):
+        train_bench(StepSetup(model="inception_v3", image_size=8, batch=2, steps=1, warmup=0))

@@ -581,6 +581,15 @@ def test_a_state_of_other_settings_is_refused(change: dict[str, Any], error: typ
         Rig(**{**settings, **change}).fit(resume=states[0])
 
 
+def test_a_state_of_another_model_is_refused_in_one_line() -> None:
+    states: list[dict[str, Any]] = []
+    Rig(epochs=2).fit(save_state=lambda state: states.append(copy.deepcopy(state)))
+    other = {name: torch.zeros(1) for name in states[0]["model"]}
+    with pytest.raises(UsageError, match=r"does not fit this run .*: resume with the model") as caught:
+        Rig(epochs=2).fit(resume={**states[0], "model": other})
+    assert "\n" not in str(caught.value)
+
+
 def test_a_state_that_lacks_something_or_is_too_long_is_refused() -> None:
     states: list[dict[str, Any]] = []
     Rig(epochs=2).fit(save_state=states.append)

@@ -110,10 +110,10 @@ def test_help_starts_fast_and_without_torch() -> None:
         "assert not loaded, loaded\n"
     )
     seconds = []
-    for _ in range(3):
+    for _ in range(5):
         start = time.perf_counter()
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         seconds.append(time.perf_counter() - start)
         assert done.returncode == 0, done.stderr
         assert "train" in done.stdout
-    assert min(seconds) < 0.6  # twice the goal of 0.3 s: machines that run tests are busy
+    assert min(seconds) <= 0.3

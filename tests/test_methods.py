@@ -405,3 +405,15 @@ def test_bad_requests_name_the_rule(kwargs: dict[str, Any], error: type[LbcError
         attach(model, optimizer, **{"epochs": 2, "layers": LAYERS, **kwargs})
     assert not optimizer._optimizer_step_pre_hooks
     assert not any(p._backward_hooks for p in itertools.chain(model.parameters()))
+
+
+def test_a_second_pruner_on_the_same_weights_is_refused_until_the_first_is_detached() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    layers = {"0": "2:4", "1": "dense", "2": "dense"}
+    first = attach(model, optimizer, epochs=2, layers=layers)
+    with pytest.raises(MethodError, match=r"0.weight already has a lbc pruner"):
+        attach(model, optimizer, epochs=2, layers=layers)
+    attach(model, optimizer, epochs=2, layers={"0": "dense", "1": "2:4", "2": "dense"})
+    first.detach()
+    attach(model, optimizer, epochs=2, layers=layers)

@@ -154,6 +154,7 @@ def test_arguments_reach_the_optimizer() -> None:
         ({"name": "sgd", "kwargs": {"betas": [0.9, 0.99]}}, "has no betas"),
         ({"name": "sgd", "kwargs": {"lr": 0.1}}, "optimizer.lr instead"),
         ({"name": "sgd", "kwargs": {"wibble": 1}}, "wibble"),
+        ({"name": "adamw", "kwargs": {"nesterov": False}}, "kwargs.nesterov is not for it: leave it out"),
         ({"name": "sgd", "momentum": 0.0}, "'momentum' is SGD without Nesterov"),
     ],
 )

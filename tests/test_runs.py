@@ -246,3 +246,11 @@ def test_imports_neither_torch_nor_matplotlib() -> None:
     code = f"import sys, lbc_cli.runs, lbc_cli.report; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("line", [b"\xff\xfe", b"garbage", b"[]", b'{"kind": "step"}'])
+def test_a_damaged_line_of_the_log_is_named(line: bytes, tmp_path: Path) -> None:
+    log = tmp_path / "metrics.jsonl"
+    log.write_bytes(b'{"kind": "epoch", "epoch": 0}\n' + line + b"\n")
+    with pytest.raises(CheckpointError, match=r"metrics.jsonl:2: not a metrics record"):
+        read_epochs(log)

@@ -36,7 +36,7 @@ def test_values_replaced_in_a_resolved_recipe_are_checked() -> None:
     changed = with_values(resolved, {"train.epochs": 7, "method.t_f": 3}, "here")
     assert (changed.recipe.train.epochs, changed.recipe.method["t_f"]) == (7, 3)
     assert changed.provenance["train.epochs"] == "here"
-    assert resolved.recipe.train.epochs == 20
+    assert resolved.recipe.train.epochs == 24
     with pytest.raises(RecipeError, match="epochs"):
         with_values(resolved, {"train.epochs": -1}, "here")
 
@@ -55,6 +55,17 @@ def test_a_run_starts_from_packed_and_from_plain_weights(tmp_path: Path) -> None
     (tmp_path / "text.safetensors").write_text("no weights")
     with pytest.raises(ModelError, match="cannot be read"):
         job(**{"model.init": str(tmp_path / "text.safetensors")})
+
+
+def test_a_model_that_cannot_take_the_images_is_refused_before_anything_is_written() -> None:
+    with pytest.raises(ModelError, match=r"does not run on an input of 3 x 32 x 32.*set data.image_size"):
+        job(**{"model.name": "inception_v3"})
+
+
+@pytest.mark.parametrize("override", ["train.seed=9223372036854775808", "train.epochs=1000001"])
+def test_numbers_that_no_run_can_use_are_refused_with_the_recipe(override: str) -> None:
+    with pytest.raises(RecipeError, match="must be less than"):
+        resolve("digits", overrides=[override])
 
 
 def test_learning_rates_of_a_plan_are_those_of_the_first_updates() -> None:

@@ -27,7 +27,7 @@ from lbc_cli.engine.protocols import (
     Reporter,
 )
 from lbc_cli.engine.updates import NotFiniteError, Outcome, Updater
-from lbc_cli.errors import CheckpointError, DataError, DivergenceError, Interrupted, UsageError
+from lbc_cli.errors import CheckpointError, DataError, DivergenceError, Interrupted, LbcError, UsageError
 from lbc_cli.optim import Scheduler, updates_per_epoch
 from lbc_cli.tasks import Task
 
@@ -314,8 +314,18 @@ class _Run:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from `state()`: the pruner last, for it looks at weights and optimizer."""
         self._check(state)
-        self.updater.load_state_dict(state)
-        self.pruner.load_state_dict(state["pruner"])
+        try:
+            self.updater.load_state_dict(state)
+            self.pruner.load_state_dict(state["pruner"])
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            if isinstance(error, LbcError):
+                raise
+            # torch goes on for lines, with every parameter in them
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(":")
+            raise UsageError(
+                f"the saved state does not fit this run ({reason[:200]}): resume with the model, optimizer and "
+                "settings that it was saved with"
+            ) from error
         self.done = state["epoch"]
         self.saved = self.done - 1
         self.history = [dict(record) for record in state["history"]]

@@ -48,6 +48,7 @@ class Pruner(abc.ABC):
 
     def __init__(self, optimizer: Optimizer, selection: Selection, epochs: int) -> None:
         optimizers.check_optimizer(optimizer)
+        _check_free(optimizer, selection.targets)
         self.targets: tuple[Target, ...] = selection.targets
         self.skipped: tuple[Skipped, ...] = selection.skipped
         self.epochs = epochs
@@ -269,3 +270,20 @@ class Pruner(abc.ABC):
     def _mask(self, target: Target) -> Tensor:
         removed = self.removed(target)
         return torch.ones_like(target.weight, dtype=torch.bool) if removed is None else ~removed
+
+
+def _check_free(optimizer: Optimizer, targets: Sequence[Target]) -> None:
+    """Two pruners on one weight would overrule each other's masks.
+
+    Raises:
+        MethodError: if another pruner on this optimizer already has one of the targets.
+    """
+    hooks = optimizer._optimizer_step_pre_hooks.values()
+    pruners = [owner for hook in hooks if isinstance(owner := getattr(hook, "__self__", None), Pruner)]
+    taken = {id(other.weight): pruner.method for pruner in pruners for other in pruner.targets}
+    for target in targets:
+        if id(target.weight) in taken:
+            raise MethodError(
+                f"{target.name} already has a {taken[id(target.weight)]} pruner on this optimizer: detach() that one "
+                f"first, or keep the layer dense here"
+            )

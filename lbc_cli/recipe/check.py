@@ -170,7 +170,7 @@ def _purpose(field: FieldInfo | None) -> str:
 
 
 def _example(path: KeyPath, field: FieldInfo | None) -> str:
-    default = field.get_default(call_default_factory=True) if field is not None else None
+    default = field.get_default(call_default_factory=True, validated_data={}) if field is not None else None
     if default is None or isinstance(default, dict | BaseModel) or default in ("", []):
         return ""
     return f"; for example {path[-1]} = {toml_value(default)}"

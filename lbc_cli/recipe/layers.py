@@ -70,7 +70,7 @@ class Layer:
 
 def default_method() -> str:
     """The method of a recipe that names none."""
-    name: str = Recipe.model_fields["method"].get_default(call_default_factory=True)["name"]
+    name: str = Recipe.model_fields["method"].get_default(call_default_factory=True, validated_data={})["name"]
     return name
 
 

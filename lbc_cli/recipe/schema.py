@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
+Epochs = Annotated[int, Field(gt=0, le=1_000_000)]  # a plan looks at every epoch
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what torch takes
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 
@@ -133,8 +135,8 @@ class Schedule(Table):
 class Train(Table):
     """The loop."""
 
-    epochs: Positive = Field(default=120, description="passes over the training data, warm-up included")
-    seed: Count = Field(default=0, description="seeds weights, order and augmentation")
+    epochs: Epochs = Field(default=120, description="passes over the training data, warm-up included")
+    seed: Seed = Field(default=0, description="seeds weights, order and augmentation")
     device: str = Field(default="auto", description="cpu, cuda, cuda:1, ...; auto: cuda where there is one")
     amp: Literal["off", "bfloat16", "float16"] = Field(default="off", description="autocast type")
     channels_last: bool = Field(default=False, description="NHWC memory format")

@@ -41,7 +41,7 @@ def verify(path: str | os.PathLike[str], *, pattern: str | None = None) -> Repor
     rule = None if pattern is None else _parse(pattern)
     target = Path(path)
     if not target.is_file():
-        raise UsageError(f"{target}: {'is not a file' if target.exists() else 'no such file'}")
+        raise UsageError(f"{target}: {_not_a_file(target)}")
     report = Report(str(target))
     try:
         with target.open("rb") as file:
@@ -51,6 +51,13 @@ def verify(path: str | os.PathLike[str], *, pattern: str | None = None) -> Repor
     except OSError as error:
         raise UsageError(f"{target}: cannot be read: {error.strerror or error}") from error
     return report
+
+
+def _not_a_file(target: Path) -> str:
+    if not target.exists():
+        return "no such file"
+    inside = target / "model.safetensors"
+    return f"is not a file; give the checkpoint in it, {inside}" if inside.is_file() else "is not a file"
 
 
 def _parse(pattern: str) -> Rule:
@@ -70,8 +77,8 @@ def _verify(source: Source, rule: Rule | None, report: Report) -> None:
         for entry in source.entries.values():
             check_pattern(source, entry, rule, report)
         if not report.layers:
-            message = f"no tensor has a multiple of {rule.m} input channels: {rule} holds nowhere"
-            report.add(Finding("pattern", "", message))
+            whys = "; ".join(f"{entry.name}: {entry.why}" for entry in report.dense[:3]) or "it has no tensors"
+            report.add(Finding("pattern", "", f"no tensor can hold {rule}: {whys}"))
 
 
 def _verify_checkpoint(source: Source, claims: Claims, rule: Rule | None, report: Report) -> None:

@@ -17,7 +17,7 @@ _CLASSIFIER = re.compile(r"(?:module\.)?(?:fc|heads?|head_dist|classifier|last_l
 def why_dense(entry: Entry, rule: Rule) -> str:
     """Why no pattern is expected of a tensor, "" if one is."""
     if not entry.name.endswith("weight") or len(entry.shape) < 2:
-        return "not the weight of a linear or convolution layer"
+        return "not the weight of a linear or convolution layer: 2 or more dimensions, and a name that ends in weight"
     if 0 in entry.shape:
         return "empty"
     if entry.shape[1] % rule.m:
