@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from lbc_cli import checkpoint, data, flops, models, runs
 from lbc_cli.engine import FitResult, FitSettings, NullReporter, Reporter, fit, make_deterministic
+from lbc_cli.environment import describe_environment
 from lbc_cli.errors import CheckpointError, ModelError, OutputError, UsageError, VerificationError
 from lbc_cli.methods import METHODS, Pruner, attach
 from lbc_cli.optim import Scheduler, make_optimizer, make_scheduler, updates_per_epoch
@@ -326,7 +327,7 @@ def run(
     state = _load_state(folder) if resuming else None
     if not resuming:
         folder.write_recipe(job.resolved.text)
-        folder.write_environment(runs.describe_environment())
+        folder.write_environment(describe_environment())
     log = folder.metrics(None if state is None else int(state["epoch"]))
     recorder = _Recorder(log, reporter or NullReporter(), job.pruner)
     start = time.perf_counter()

@@ -23,7 +23,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("packing", "targets", "flops"),
     ("methods",),
     ("recipe",),
-    ("models", "data", "runs"),
+    ("models", "data", "environment", "runs"),
     ("tasks", "optim", "checkpoint"),
     ("verifier",),
     ("engine",),

@@ -149,7 +149,7 @@ def write_checkpoint(path: str | os.PathLike[str], manifest: Manifest, data: Map
 
 def environment() -> dict[str, Any]:
     """Versions and hardware, for the manifest."""
-    from lbc_cli.runs import describe_hardware
+    from lbc_cli.environment import describe_hardware
 
     return describe_hardware()
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from lbc_cli.environment import describe_hardware
 from lbc_cli.report import views
 from lbc_cli.report.formats import format_bytes, format_seconds, plural
-from lbc_cli.runs import RunFolder, describe_hardware
+from lbc_cli.runs import RunFolder
 
 if TYPE_CHECKING:
     from lbc_cli.bench import StepTimes, TrainBench
