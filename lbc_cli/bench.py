@@ -9,7 +9,6 @@ method has the most to do. Peak memory comes from a process of its own for each 
 from __future__ import annotations
 
 import multiprocessing
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lbc_cli import flops, models
-from lbc_cli.engine import make_deterministic, memory_advice
+from lbc_cli.engine import make_deterministic, memory_advice, peak_memory
 from lbc_cli.errors import LbcError, UsageError
 from lbc_cli.methods import METHODS, Pruner, attach
 from lbc_cli.patterns import Pattern
@@ -67,11 +66,11 @@ class StepSetup:
 
 @dataclass(frozen=True, slots=True)
 class StepTimes:
-    """Seconds of every timed step of one kind, and the peak memory of a process that makes only such steps."""
+    """Seconds of every timed step of a kind, and the peak memory of a process that makes only such (None: unknown)."""
 
     name: str
     seconds: tuple[float, ...]
-    peak_bytes: int
+    peak_bytes: int | None
 
     @property
     def quartiles(self) -> tuple[float, float, float]:
@@ -220,7 +219,7 @@ def train_bench(setup: StepSetup, *, progress: Callable[[str], None] = lambda te
     return TrainBench(setup, times[0], times[-1], tuple(hooks), removal, memory)
 
 
-def _peak_apart(setup: StepSetup, method: str) -> int:
+def _peak_apart(setup: StepSetup, method: str) -> int | None:
     """Peak bytes of a fresh process that makes three steps of one kind: device memory, or resident on a CPU."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -228,7 +227,8 @@ def _peak_apart(setup: StepSetup, method: str) -> int:
     process.start()
     sender.close()
     try:
-        return int(receiver.recv())
+        peak = receiver.recv()
+        return None if peak is None else int(peak)
     except EOFError:
         raise LbcError(
             f"the process that measures the memory of {method} steps ended early: try a smaller --batch"
@@ -241,7 +241,4 @@ def _report_peak(setup: StepSetup, method: str, sender: Any) -> None:
     stepper = _Stepper(setup, method)
     for _ in range(2):
         stepper.step()
-    if setup.device.type == "cuda":
-        sender.send(torch.cuda.max_memory_allocated(setup.device))
-    else:
-        sender.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    sender.send(peak_memory(setup.device))

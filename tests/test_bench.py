@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lbc_cli.bench import HookClock, StepSetup, StepTimes, train_bench
+from lbc_cli.engine import peak_memory
 from lbc_cli.errors import LbcError, UsageError
 
 
@@ -41,7 +42,18 @@ def test_the_methods_memory_and_both_peaks_are_measured() -> None:
     assert result.memory["score"] == result.memory["momentum"] == 4 * result.memory["mask"]
     assert result.memory["candidates"] > result.memory["mask"]  # 70 candidates: 9 bytes for 8 weights
     assert result.removal > 0
+    assert result.dense.peak_bytes is not None
     assert result.dense.peak_bytes > 50_000_000  # a process with torch loaded
+
+
+def test_the_peak_is_not_that_of_the_process_that_measures() -> None:
+    ballast = torch.ones(300_000_000, dtype=torch.uint8)
+    small = train_bench(StepSetup(model="test_resnet", batch=2, image_size=32, steps=1, warmup=0)).dense.peak_bytes
+    own = peak_memory(torch.device("cpu"))
+    assert small is not None
+    assert own is not None
+    assert small < own - 150_000_000
+    assert ballast[-1] == 1
 
 
 def test_settings_that_cannot_be_measured_are_refused() -> None:

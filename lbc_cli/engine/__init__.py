@@ -13,7 +13,7 @@ Rules of the loop
 - "Best" compares only epochs whose masks are final: an earlier epoch scored with weights that were removed later.
 """
 
-from lbc_cli.engine.control import StopOnSignal, make_deterministic, memory_advice
+from lbc_cli.engine.control import StopOnSignal, make_deterministic, memory_advice, peak_memory
 from lbc_cli.engine.evaluation import evaluate
 from lbc_cli.engine.loop import fit
 from lbc_cli.engine.protocols import (
@@ -43,4 +43,5 @@ __all__ = [
     "fit",
     "make_deterministic",
     "memory_advice",
+    "peak_memory",
 ]
