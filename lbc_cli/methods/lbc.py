@@ -36,7 +36,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -48,13 +47,14 @@ from lbc_cli import patterns
 from lbc_cli.errors import DivergenceError, MethodError
 from lbc_cli.methods import optimizers
 from lbc_cli.methods.base import Pruner, State
+from lbc_cli.methods.removal import expected_density, mask_of_candidates, remove_candidates, remove_weights
+from lbc_cli.methods.scores import plain_step_, sgd_step_
 from lbc_cli.patterns import Pattern
 from lbc_cli.schedules import Ramp
 from lbc_cli.targets import Selection, Target
 
 MAX_CANDIDATES = 12_870  # C(16, 8): one bit for each is 100 bytes per weight
 PAPER_MEMORY = 2_000.0
-_CHUNK = 1 << 21  # candidate scores ranked at a time: 16 MiB in float64
 
 
 class LbcOptions(BaseModel):
@@ -96,145 +96,7 @@ class LbcState:
     removed: Tensor | None = None
 
 
-def sgd_step_(
-    score: Tensor,
-    momentum: Tensor | None,
-    weight: Tensor,
-    grad: Tensor,
-    *,
-    lr: float,
-    mu: float,
-    dampening: float,
-    decay: float,
-    nesterov: bool,
-) -> Tensor | None:
-    """One step of torch's SGD on the scores, with gradient W * dL/dW, in place and without temporaries.
-
-    d = W dL/dW + decay a;  m <- mu m + (1 - dampening) d  (m = d at first);  a <- a - lr (m, or d + mu m with Nesterov)
-
-    Args:
-        score: a, any shape.
-        momentum: m, or None before the first step.
-        weight: W, shape of the score.
-        grad: dL/dW, shape of the score.
-        lr: learning rate of this step.
-        mu: momentum factor.
-        dampening: of the momentum.
-        decay: of the scores.
-        nesterov: look ahead.
-
-    Returns:
-        The momentum to pass next time; None when `mu` is 0.
-    """
-    if mu == 0:
-        score.mul_(1 - lr * decay).addcmul_(weight, grad, value=-lr)
-        return None
-    if momentum is None:
-        momentum = torch.zeros_like(score)
-        dampening = 0.0
-    share = 1 - dampening
-    momentum.mul_(mu).add_(score, alpha=share * decay).addcmul_(weight, grad, value=share)
-    if nesterov:
-        score.mul_(1 - lr * decay).addcmul_(weight, grad, value=-lr)
-        score.add_(momentum, alpha=-lr * mu)
-    else:
-        score.add_(momentum, alpha=-lr)
-    return momentum
-
-
-def remove_candidates(weight: Tensor, score: Tensor, alive: Tensor | None, keep: int, pattern: Pattern) -> Tensor:
-    """Alg. 1, line 7: keep the `keep` best-scored candidates of every group that are still alive.
-
-    Args:
-        weight: [O, I, *K]; its magnitudes break ties.
-        score: a, shape of the weight.
-        alive: uint8 [G, ceil(C/8)] bits, or None: all are.
-        keep: survivors in each group.
-        pattern: N:M and vector length.
-
-    Returns:
-        uint8 [G, ceil(C/8)]: the bits of those now alive, a subset.
-    """
-    table = patterns.candidates(pattern, weight.device)
-    values = patterns.to_groups(score, pattern).to(torch.float64).sum(dim=1)
-    magnitudes = patterns.to_groups(weight, pattern).to(torch.float64).abs().sum(dim=1)
-    chunks = []
-    rows = max(1, _CHUNK // len(table))
-    for start in range(0, len(values), rows):
-        part = slice(start, start + rows)
-        sums = patterns.candidate_sums(values[part], table)
-        living = torch.ones_like(sums, dtype=torch.bool)
-        if alive is not None:
-            living = patterns.unpack_bits(alive[part], len(table))
-        chunks.append(patterns.pack_bits(_keep(sums, living, keep, magnitudes[part], table)))
-    return torch.cat(chunks)
-
-
-def _keep(sums: Tensor, living: Tensor, keep: int, magnitudes: Tensor, table: Tensor) -> Tensor:
-    def by_magnitude(tied: Tensor) -> Tensor:
-        return patterns.candidate_sums(magnitudes[tied], table)
-
-    return patterns.keep_best(sums, living, keep, tie=by_magnitude)
-
-
-def mask_of_candidates(alive: Tensor, shape: Sequence[int], pattern: Pattern) -> Tensor:
-    """Eq. 8 over a whole weight.
-
-    Args:
-        alive: uint8 [G, ceil(C/8)] bits.
-        shape: [O, I, *K] of the weight.
-        pattern: N:M and vector length.
-
-    Returns:
-        bool [O, I, *K]: the weights that an alive candidate contains.
-    """
-    table = patterns.candidates(pattern, alive.device)
-    rows = max(1, _CHUNK // len(table))
-    parts = [
-        patterns.positions_of(patterns.unpack_bits(alive[start : start + rows], len(table)), table, pattern.m)
-        for start in range(0, len(alive), rows)
-    ]
-    return patterns.from_groups(torch.cat(parts)[:, None], shape, pattern)
-
-
-def remove_weights(weight: Tensor, score: Tensor, removed: Tensor | None, keep: int, pattern: Pattern) -> Tensor:
-    """`removal = "weights"`: keep the `keep` best-scored positions of every group that are still there.
-
-    Args:
-        weight: [O, I, *K]; its magnitudes break ties.
-        score: a, shape of the weight.
-        removed: bool, shape of the weight, or None.
-        keep: positions left in each group, at least N.
-        pattern: N:M and vector length.
-
-    Returns:
-        bool [O, I, *K]: the weights that stay.
-    """
-    values = patterns.to_groups(score, pattern).to(torch.float64).sum(dim=1)
-    magnitudes = patterns.to_groups(weight, pattern).to(torch.float64).abs().sum(dim=1)
-    living = torch.ones_like(values, dtype=torch.bool)
-    if removed is not None:
-        living = ~patterns.to_groups(removed, pattern)[:, 0]
-    kept = patterns.keep_best(values, living, keep, tie=lambda tied: magnitudes[tied])
-    return patterns.from_groups(kept[:, None], weight.shape, pattern)
-
-
-@lru_cache(maxsize=4096)
-def expected_density(pattern: Pattern, survivors: int, samples: int = 512) -> float:
-    """Share of a group's positions that `survivors` candidates cover, for planning.
-
-    Exact where it does not depend on the scores (one, all, or N = 1); otherwise the mean over groups of independent
-    normal weight scores, always the same ones.
-    """
-    total = pattern.num_candidates
-    if pattern.n == 1 or survivors in (1, total):
-        return survivors / total if pattern.n == 1 else (pattern.density if survivors == 1 else 1.0)
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.randn(samples, pattern.m, generator=generator, dtype=torch.float64)
-    table = patterns.candidates(pattern)
-    sums = patterns.candidate_sums(scores, table)
-    alive = patterns.keep_best(sums, torch.ones_like(sums, dtype=torch.bool), survivors)
-    return patterns.positions_of(alive, table, pattern.m).double().mean().item()
+_Work = tuple[LbcState, Tensor, Tensor]  # state, weight, gradient
 
 
 class Lbc(Pruner):
@@ -305,22 +167,16 @@ class Lbc(Pruner):
     # The method.
 
     def _learn(self, targets: Sequence[Target], grads: Sequence[Tensor], group: dict[str, Any]) -> None:
-        lr = float(group["lr"])
         peak = self._peak(targets[0], group)
-        sign = -1.0 if group.get("maximize") else 1.0
+        fresh: list[_Work] = []
+        going: list[_Work] = []
         for target, grad in zip(targets, grads, strict=True):
             state = self._state[target.name]
-            if state.score is None:
-                continue
-            weight = target.weight.detach()
-            if state.score.dtype != weight.dtype:
-                weight, grad = weight.to(state.score.dtype), grad.to(state.score.dtype)
-            if self._linear:
-                state.momentum = self._sgd(state, weight, grad * sign if sign < 0 else grad, group, peak)
-            else:
-                rate = lr / peak if peak else 0.0
-                memory = self.options.score_memory or PAPER_MEMORY
-                state.score.mul_(1 - rate / memory).addcmul_(weight, grad, value=-rate * sign)
+            if state.score is not None:
+                (fresh if state.momentum is None else going).append((state, target.weight.detach(), grad))
+        for work in (fresh, going):
+            for batch in _batches(work):
+                self._update(batch, group, peak)
 
     def _peak(self, target: Target, group: dict[str, Any]) -> float:
         """The peak learning rate: what the group says, or the largest it was ever seen to have."""
@@ -328,22 +184,31 @@ class Lbc(Pruner):
         self._peaks[number] = max(self._peaks[number], optimizers.peak_lr(group))
         return self._peaks[number]
 
-    def _sgd(self, state: LbcState, weight: Tensor, grad: Tensor, group: dict[str, Any], peak: float) -> Tensor | None:
-        assert state.score is not None
+    def _update(self, batch: list[_Work], group: dict[str, Any], peak: float) -> None:
+        """One step of the scores of some weights, which all have a momentum already, or none."""
+        states = [state for state, _, _ in batch]
+        scores = [state.score for state in states if state.score is not None]
+        weights = [weight.to(score.dtype) for (_, weight, _), score in zip(batch, scores, strict=True)]
+        grads = [grad.to(score.dtype) for (_, _, grad), score in zip(batch, scores, strict=True)]
+        if group.get("maximize"):
+            grads = [-grad for grad in grads]
+        if not self._linear:
+            rate = float(group["lr"]) / peak if peak else 0.0
+            memory = self.options.score_memory or PAPER_MEMORY
+            plain_step_(scores, weights, grads, keep=1 - rate / memory, rate=rate)
+            return
+        held = [state.momentum for state in states if state.momentum is not None]
+        momenta = sgd_step_(scores, held or None, weights, grads, **self._sgd_settings(group, peak))
+        for number, state in enumerate(states):
+            state.momentum = None if momenta is None else momenta[number]
+
+    def _sgd_settings(self, group: dict[str, Any], peak: float) -> dict[str, Any]:
+        """What the weights' own SGD does, with the decay that the score memory asks for."""
         mu, decay = float(group["momentum"]), float(group["weight_decay"])
         if self.options.score_memory is not None:
             decay = (1 - mu) / (peak * self.options.score_memory) if peak else 0.0
-        return sgd_step_(
-            state.score,
-            state.momentum,
-            weight,
-            grad,
-            lr=float(group["lr"]),
-            mu=mu,
-            dampening=float(group["dampening"]),
-            decay=decay,
-            nesterov=bool(group["nesterov"]),
-        )
+        settings = {"lr": float(group["lr"]), "mu": mu, "dampening": float(group["dampening"]), "decay": decay}
+        return {**settings, "nesterov": bool(group["nesterov"])}
 
     def _schedule(self, epoch: int) -> None:
         for target in self.targets:
@@ -426,6 +291,13 @@ def _check_candidates(target: Target) -> None:
             f"{total / 1e9:,.0f} GB for {target.name} alone (limit {MAX_CANDIDATES:,} candidates); set the method "
             f'option removal = "weights"'
         )
+
+
+def _batches(work: list[_Work]) -> list[list[_Work]]:
+    """What is updated in one call: everything where launches are dear, one weight at a time where caches are small."""
+    if work and work[0][1].is_cuda:
+        return [work]
+    return [[item] for item in work]
 
 
 def _score_dtype(weight: Tensor) -> torch.dtype:
