@@ -351,6 +351,29 @@ def test_optimizers_that_cannot_carry_a_method_are_refused(build: Any, reason: s
         attach(model, build(list(model.parameters())), epochs=2, layers=LAYERS)
 
 
+def test_the_peak_learning_rate_is_what_the_scheduler_will_reach() -> None:
+    from timm.scheduler import create_scheduler_v2
+
+    from lbc_cli.methods.optimizers import peak_lr
+
+    model = network()
+    plain = torch.optim.SGD(model.parameters(), lr=0.3)
+    assert peak_lr(plain.param_groups[0]) == 0.3
+    torch.optim.lr_scheduler.OneCycleLR(plain, max_lr=0.7, total_steps=10)
+    assert peak_lr(plain.param_groups[0]) == 0.7
+    groups = [{"params": model[:2].parameters(), "lr_scale": 0.5}, {"params": model[4].parameters()}]
+    scaled = torch.optim.AdamW(groups, lr=0.4)  # as layer-wise decay makes them
+    scheduler, _ = create_scheduler_v2(
+        scaled, num_epochs=10, warmup_epochs=2, warmup_lr=0.0, step_on_epochs=False, updates_per_epoch=10
+    )
+    reached = [0.0] * len(scaled.param_groups)
+    for update in range(100):
+        scheduler.step_update(update)
+        reached = [max(top, group["lr"]) for top, group in zip(reached, scaled.param_groups, strict=True)]
+    assert reached[0] == pytest.approx(reached[1] / 2)
+    assert [peak_lr(group) for group in scaled.param_groups] == pytest.approx(reached, rel=0.06)
+
+
 def test_an_optimizer_unknown_to_us_is_named() -> None:
     class Mine(torch.optim.SGD):
         pass

@@ -145,8 +145,16 @@ def clear_state(optimizer: Optimizer, weight: nn.Parameter, removed: Tensor) -> 
 
 
 def peak_lr(group: dict[str, Any]) -> float:
-    """The largest learning rate that a parameter group's scheduler will set, as far as it says."""
-    return float(group.get("max_lr", group.get("initial_lr", group["lr"])))
+    """The largest learning rate that a parameter group's scheduler will set, as far as it says.
+
+    torch's one-cycle schedule says `max_lr`, other schedulers `initial_lr`, which timm multiplies by the group's
+    `lr_scale`.
+    """
+    if "max_lr" in group:
+        return float(group["max_lr"])
+    if "initial_lr" in group:
+        return float(group["initial_lr"]) * float(group.get("lr_scale", 1.0))
+    return float(group["lr"])
 
 
 def loss_scale(optimizer: Optimizer) -> tuple[float, bool]:
