@@ -307,6 +307,32 @@ def test_weights_loaded_between_steps_are_taken_over_under_the_masks() -> None:
     assert torch.equal(model[1].weight[kept], (other[1].weight + 1)[kept])
 
 
+def test_nothing_remembers_a_removed_weight() -> None:
+    """Neither the optimizer's momentum nor a gradient that was being accumulated when the epoch began."""
+    model, optimizer, pruner = make(t_f=1)
+    train(model, optimizer, pruner, range(1))
+    optimizer.zero_grad()
+    images, labels = next(batches(9))
+    nn.functional.cross_entropy(model(images), labels).backward()
+    weight = model[1].weight
+    pruner.begin_epoch(1)
+    removed = ~pruner.masks()["1.weight"]
+    assert (optimizer.state[weight]["momentum_buffer"][removed] == 0).all()
+    assert (optimizer.state[weight]["momentum_buffer"][~removed] != 0).all()
+    assert (weight.grad[removed] == 0).all()
+    assert (weight.grad[~removed] != 0).any()
+
+
+def test_a_loaded_state_puts_its_masks_on_the_weights() -> None:
+    model, optimizer, pruner = make(t_f=1)
+    train(model, optimizer, pruner, range(2))
+    fresh, _, other = make(t_f=1)
+    other.load_state_dict(pruner.state_dict())
+    assert torch.equal(other.masks()["1.weight"], pruner.masks()["1.weight"])
+    assert_effective(other)
+    assert (fresh[1].weight == 0).sum() == fresh[1].weight.numel() // 2
+
+
 def test_channels_last_masks_have_the_format_of_the_weight() -> None:
     model = network().to(memory_format=torch.channels_last)
     pruner = attach(model, torch.optim.SGD(model.parameters(), lr=0.1), epochs=2, layers=LAYERS, t_f=0)
