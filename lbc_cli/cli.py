@@ -178,16 +178,18 @@ def _resolve(
         return resolved
     from lbc_cli.training import smoke as smoked
 
+    console.info("smoke run: a few epochs on generated images, whatever the data")
     return smoked(resolved)
 
 
 def _train(resolved: ResolvedRecipe, out: Path | None, dry_run: bool, console: Console, as_json: bool) -> None:
-    from lbc_cli.report import print_plan
+    from lbc_cli.report import print_plan, task
     from lbc_cli.report.describe import plan_view
     from lbc_cli.runs import RunFolder, unique
     from lbc_cli.training import prepare
 
-    job = prepare(resolved)
+    with task(console, "preparing, images checked") as advance:
+        job = prepare(resolved, advance)
     _announce(job, console)
     if dry_run:
         plan = plan_view(job, str(out or unique(job.default_folder)))
@@ -200,10 +202,12 @@ def _train(resolved: ResolvedRecipe, out: Path | None, dry_run: bool, console: C
 
 def _resume(path: Path, console: Console, as_json: bool) -> None:
     from lbc_cli import training
+    from lbc_cli.report import task
     from lbc_cli.runs import RunFolder
 
     folder = RunFolder.open(path)
-    job = training.resume(folder)
+    with task(console, "preparing, images checked") as advance:
+        job = training.resume(folder, advance)
     _announce(job, console)
     _run(job, folder, console, as_json, resuming=True)
 
@@ -234,17 +238,24 @@ def _run(job: Job, folder: RunFolder, console: Console, as_json: bool, *, resumi
 @contextlib.contextmanager
 def _curves_at_the_end(job: Job, folder: RunFolder) -> Iterator[None]:
     """Draw the curves of what was trained, also of a run that was interrupted or failed."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(LbcError):  # what ended the run is what the user must hear of
+            _draw_curves(job, folder)
+        raise
+    _draw_curves(job, folder)
+
+
+def _draw_curves(job: Job, folder: RunFolder) -> None:
     from lbc_cli.report import curves
     from lbc_cli.report.describe import versions
     from lbc_cli.runs import read_epochs
 
-    try:
-        yield
-    finally:
-        records = read_epochs(folder.metrics_jsonl)
-        if records:
-            footnote = f"{versions()}, seed {job.settings.seed}, {job.device}"
-            curves(records, folder.curves, title=f"{job.title} on {job.source.name}", footnote=footnote)
+    records = read_epochs(folder.metrics_jsonl)
+    if records:
+        footnote = f"{versions()}, seed {job.settings.seed}, {job.device}"
+        curves(records, folder.curves, title=f"{job.title} on {job.source.name}", footnote=footnote)
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
     job = prepare(resolved)          everything is built and checked, nothing is written
     outcome = run(job, folder)       train, save, verify; the folder tells the whole story
-    job = resume(folder)             the same job again; `run(job, folder, resume=True)` goes on
+    job = resume(folder)             the same job again; `run(job, folder, resuming=True)` goes on
 
 A resumed run takes everything from the folder: the resolved recipe is the only source of settings.
 """
@@ -85,11 +85,11 @@ class Job:
         return flops.count(self.model, (pixels.channels, pixels.height, pixels.width))
 
     def learning_rates(self) -> list[float]:
-        """The learning rate at the first update of every epoch."""
+        """The largest learning rate of any parameter group at the first update of every epoch."""
         rates = []
         for epoch in range(self.settings.epochs):
             self.scheduler.step_update(epoch * self.updates_per_epoch)
-            rates.append(float(self.optimizer.param_groups[0]["lr"]))
+            rates.append(max(float(group["lr"]) for group in self.optimizer.param_groups))
         self.scheduler.step_update(0)
         return rates
 
@@ -123,7 +123,11 @@ class Outcome:
 
 
 def smoke(resolved: ResolvedRecipe) -> ResolvedRecipe:
-    """The same recipe cut down to seconds: generated images, a few epochs that pass every phase of the method."""
+    """The same recipe cut down to seconds: generated images, a few epochs that pass every phase of the method.
+
+    Raises:
+        UsageError: if the command line asks for something else than a smoke run can give.
+    """
     recipe = resolved.recipe
     values: dict[str, Any] = {
         "data.source": GENERATED,
@@ -144,7 +148,17 @@ def smoke(resolved: ResolvedRecipe) -> ResolvedRecipe:
     }
     if "t_f" in METHODS[recipe.method["name"]].options.model_fields:
         values |= {"method.t_i": 0, "method.t_f": _SMOKE_EPOCHS // 2}
+    for key, value in values.items():
+        origin = resolved.provenance.get(key, "")
+        if origin.startswith("--") and key != "data.source" and _value(resolved, key) != value:
+            raise UsageError(f"--smoke sets {key} = {value!r} itself: drop it from {origin}, or run without --smoke")
     return with_values(resolved, values, "--smoke")
+
+
+def _value(resolved: ResolvedRecipe, key: str) -> Any:
+    table, name = key.split(".")
+    values: dict[str, Any] = resolved.recipe.model_dump()[table]
+    return values.get(name)
 
 
 def choose_device(name: str) -> torch.device:
@@ -166,8 +180,12 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def prepare(resolved: ResolvedRecipe) -> Job:
+def prepare(resolved: ResolvedRecipe, progress: Callable[[int], None] = lambda count: None) -> Job:
     """Build everything that a run needs and check that it goes together; nothing is written.
+
+    Args:
+        resolved: the recipe.
+        progress: told how many images more were checked.
 
     Raises:
         UsageError: of the kind that tells what does not fit: model, data, layers, method, optimizer.
@@ -178,7 +196,7 @@ def prepare(resolved: ResolvedRecipe) -> Job:
     if not recipe.model.name:
         raise UsageError("no model: name one (lbc train resnet50 ...) or give a --recipe that has a model.name")
     models.check_name(recipe.model.name)
-    source = _open(resolved)
+    source = _open(resolved, progress)
     make_deterministic(recipe.train.seed, device)
     model = _create(resolved, source.num_classes).to(device)
     if recipe.train.channels_last:
@@ -226,11 +244,11 @@ def _check_runs(job: Job) -> None:
         ) from error
 
 
-def _open(resolved: ResolvedRecipe) -> data.DataSource:
+def _open(resolved: ResolvedRecipe, progress: Callable[[int], None]) -> data.DataSource:
     recipe = resolved.recipe
     if recipe.data.source == GENERATED:
         return data.generated_data(size=recipe.data.image_size or 32, n=4 * min(recipe.data.batch_size, 64))
-    return data.open_data(recipe.data)
+    return data.open_data(recipe.data, progress)
 
 
 def _create(resolved: ResolvedRecipe, num_classes: int) -> nn.Module:
@@ -258,7 +276,7 @@ def _read_init(path: Path) -> Mapping[str, torch.Tensor]:
     return models.read_safetensors(path)
 
 
-def resume(folder: RunFolder) -> Job:
+def resume(folder: RunFolder, progress: Callable[[int], None] = lambda count: None) -> Job:
     """The job of an earlier run, from its folder.
 
     Raises:
@@ -269,7 +287,7 @@ def resume(folder: RunFolder) -> Job:
         raise OutputError(f"the run in {folder.path} has ended ({folder.summary.name} is there): start another one")
     if not folder.state.is_file():
         raise OutputError(f"{folder.path} has no {folder.state.name}: that run ended before its first state was saved")
-    return prepare(resolve(folder.recipe))
+    return prepare(resolve(folder.recipe), progress)
 
 
 class _Recorder:

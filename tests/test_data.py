@@ -796,3 +796,10 @@ class TestCuda:
             for name in ("cpu", "cuda")
         ]
         torch.testing.assert_close(*batches, rtol=0, atol=1e-5)
+
+
+def test_checking_a_folder_reports_every_image(folder: Path) -> None:
+    checked: list[int] = []
+    source = open_data(settings(folder), checked.append)
+    assert sum(checked) == len(source.train) + len(source.val)  # type: ignore[arg-type]
+    assert min(checked) > 0

@@ -31,6 +31,15 @@ def test_smoke_passes_every_phase_of_the_schedule_and_says_where_its_values_come
     assert counts[2:] == [1, 1]
 
 
+def test_smoke_refuses_what_it_would_have_to_ignore() -> None:
+    base = {"model.name": "test_resnet", "data.source": "digits"}
+    with pytest.raises(UsageError, match=r"--smoke sets train.epochs = 4 itself: drop it from --epochs"):
+        training.smoke(resolve("digits", flags={**base, "train.epochs": 9}))
+    with pytest.raises(UsageError, match=r"data.batch_size"):
+        training.smoke(resolve("digits", overrides=["data.batch_size=3"], flags=base))
+    assert training.smoke(resolve("digits", flags={**base, "train.epochs": 4})).recipe.train.epochs == 4
+
+
 def test_values_replaced_in_a_resolved_recipe_are_checked() -> None:
     resolved = resolve("digits")
     changed = with_values(resolved, {"train.epochs": 7, "method.t_f": 3}, "here")

@@ -7,7 +7,7 @@ training itself could not read is reported. `full` decodes every image.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO
 
@@ -51,12 +51,19 @@ def _is_whole(stream: BinaryIO, size: int) -> bool:
     return stream.read() == marker
 
 
-def find_unreadable(samples: Samples, *, full: bool) -> list[tuple[int, str]]:
+def unwatched(count: int) -> None:
+    """Nobody wants to know how many images were checked."""
+
+
+def find_unreadable(
+    samples: Samples, *, full: bool, progress: Callable[[int], None] = unwatched
+) -> list[tuple[int, str]]:
     """Every image that cannot be read.
 
     Args:
         samples: the images.
         full: decode all; otherwise headers and ends, and nothing where images are not kept as files.
+        progress: told how many images more were checked.
 
     Returns:
         (position, reason) pairs in order.
@@ -78,8 +85,12 @@ def find_unreadable(samples: Samples, *, full: bool) -> list[tuple[int, str]]:
         return [(index, why) for index in chunk if (why := inspect(index))]
 
     threads = min(16, (os.cpu_count() or 1) + 2)
+    found: list[tuple[int, str]] = []
     with ThreadPoolExecutor(threads) as pool:
-        return [bad for chunk in pool.map(inspect_chunk, range(0, len(samples), CHUNK)) for bad in chunk]
+        for start, bad in enumerate(pool.map(inspect_chunk, range(0, len(samples), CHUNK))):
+            found += bad
+            progress(min(CHUNK, len(samples) - start * CHUNK))
+    return found
 
 
 def shown(names: Iterable[str]) -> str:

@@ -9,14 +9,14 @@ or the class map.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from timm.data import create_dataset
 from timm.utils.misc import natural_key
 
-from lbc_cli.data.checks import find_unreadable, require_same_classes, shown, unreadable_error
+from lbc_cli.data.checks import find_unreadable, require_same_classes, shown, unreadable_error, unwatched
 from lbc_cli.data.images import DataSource, FileSamples, ImageSet, Samples
 from lbc_cli.data.tar import Contents, TarSamples, empty_folders, scan_tar, split_members
 from lbc_cli.errors import DataError, did_you_mean
@@ -45,11 +45,12 @@ class Split:
         return TarSamples(self.tar[0], self.tar[1].images, labels) if self.tar else FileSamples(self.paths, labels)
 
 
-def open_folders(settings: schema.Data) -> DataSource:
+def open_folders(settings: schema.Data, progress: Callable[[int], None] = unwatched) -> DataSource:
     """Open a folder or tar of image folders, with every guard.
 
     Args:
         settings: `source` is the folder or tar.
+        progress: told how many images more were checked.
 
     Raises:
         DataError: whatever is missing, damaged or inconsistent, before the first image is used.
@@ -57,7 +58,7 @@ def open_folders(settings: schema.Data) -> DataSource:
     root = Path(settings.source).expanduser()
     train, val = read_splits(root, settings.train_split, settings.val_split)
     ids = class_ids(train, val, read_class_map(settings.class_map, root) if settings.class_map else None, root)
-    sets, dropped = checked_sets([train.samples(ids), val.samples(ids)], settings)
+    sets, dropped = checked_sets([train.samples(ids), val.samples(ids)], settings, progress)
     name = root.resolve().name.removesuffix(".tar")
     return DataSource(sets[0], sets[1], len(ids), tuple(ids), name, dropped=dropped)
 
@@ -221,12 +222,15 @@ def _require_class_folders(split: Split, class_map: Mapping[str, int] | None) ->
         )
 
 
-def checked_sets(splits: Sequence[Samples], settings: schema.Data) -> tuple[list[ImageSet], tuple[str, ...]]:
+def checked_sets(
+    splits: Sequence[Samples], settings: schema.Data, progress: Callable[[int], None] = unwatched
+) -> tuple[list[ImageSet], tuple[str, ...]]:
     """Image sets without unreadable images, or an error that lists them.
 
     Args:
         splits: the images of each split.
         settings: `check` and `unreadable`.
+        progress: told how many images more were checked.
 
     Returns:
         A set per split, and the paths that were left out.
@@ -235,7 +239,7 @@ def checked_sets(splits: Sequence[Samples], settings: schema.Data) -> tuple[list
         if settings.unreadable == "skip":
             raise DataError("data.unreadable='skip' needs a check: set data.check to 'fast' or 'full'")
         return [ImageSet(samples) for samples in splits], ()
-    found = [find_unreadable(samples, full=settings.check == "full") for samples in splits]
+    found = [find_unreadable(samples, full=settings.check == "full", progress=progress) for samples in splits]
     bad = [(s.name(index), why) for s, pairs in zip(splits, found, strict=True) for index, why in pairs]
     if bad and settings.unreadable == "fail":
         raise unreadable_error(bad)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from timm.data import create_dataset
 
-from lbc_cli.data.checks import require_same_labels
+from lbc_cli.data.checks import require_same_labels, unwatched
 from lbc_cli.data.digits import open_digits
 from lbc_cli.data.folders import checked_sets, open_folders
 from lbc_cli.data.hub import open_hfds, open_stream
@@ -42,11 +42,12 @@ TORCH_SETS: dict[str, TorchSet] = {
 }
 
 
-def open_data(settings: schema.Data) -> DataSource:
+def open_data(settings: schema.Data, progress: Callable[[int], None] = unwatched) -> DataSource:
     """Open the data that a recipe names and check it, before anything is trained.
 
     Args:
         settings: the recipe's data table.
+        progress: told how many images of a folder or tar more were checked.
 
     Raises:
         DataError: one line that says what is missing, damaged or inconsistent, and the remedy.
@@ -70,7 +71,7 @@ def open_data(settings: schema.Data) -> DataSource:
             f"{', '.join(f'{known}/NAME' for known in _OPENERS)}."
             f"{did_you_mean(source, ['digits'])}{did_you_mean(prefix, _OPENERS)}"
         )
-    return open_folders(settings)
+    return open_folders(settings, progress)
 
 
 def _open_bundled(settings: schema.Data) -> DataSource:
