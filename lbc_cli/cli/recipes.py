@@ -1,0 +1,49 @@
+"""`lbc recipe`: list, show, schema."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lbc_cli.cli.common import make_console, reported
+from lbc_cli.cli.options import AsJson, Overrides
+
+
+@reported
+def list_recipes(*, as_json: AsJson = False) -> None:
+    """List the shipped recipes."""
+    from lbc_cli.recipe import resolve, shipped_recipes
+    from lbc_cli.report import table
+
+    console = make_console()
+    found = {name: resolve(name).recipe.description for name in shipped_recipes()}
+    if as_json:
+        console.json(found)
+    else:
+        rows = [list(item) for item in found.items()]
+        console.result(table("Shipped recipes", {"recipe": "left", "for": "left"}, rows))
+
+
+@reported
+def show_recipe(
+    name: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe.")],
+    *,
+    override: Overrides = None,
+) -> None:
+    """Print a recipe as resolved, with the origin of every value."""
+    from lbc_cli.recipe import resolve
+
+    print(resolve(name, overrides=override or []).text, end="")
+
+
+@reported
+def recipe_schema() -> None:
+    """Print the JSON schema of recipes, for editors.
+
+    Write it to lbc-recipe.schema.json and begin a recipe of your own with the line
+    "#:schema ./lbc-recipe.schema.json".
+    """
+    from lbc_cli.recipe import json_schema
+
+    make_console().json(json_schema())
