@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
 from torch import nn
 
+from lbc_cli import bench
 from lbc_cli.bench import HookClock, StepSetup, StepTimes, train_bench
 from lbc_cli.engine import peak_memory
 from lbc_cli.errors import LbcError, UsageError
@@ -68,3 +71,12 @@ def test_what_cannot_be_measured_is_refused_in_one_line() -> None:
         StepSetup(model="test_resnet", amp="x")
     with pytest.raises(UsageError, match="does not run on an input of 3 x 8 x 8"):
         train_bench(StepSetup(model="inception_v3", image_size=8, batch=2, steps=1, warmup=0))
+
+
+def test_the_names_are_there_and_load_torch_only_when_used() -> None:
+    for name in bench.__all__:
+        assert getattr(bench, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        bench.nothing  # noqa: B018
+    code = "import sys, lbc_cli.bench; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -2,54 +2,174 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lbc_cli.cli.common import make_console, reported
 from lbc_cli.cli.options import AsJson, Device, PatternText, Quiet, Vector
-from lbc_cli.errors import UsageError
+from lbc_cli.errors import UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from lbc_cli.bench.inference import InferenceSetup
+    from lbc_cli.report import Console
+
+DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
 @reported
 def bench(
-    model: Annotated[str, typer.Argument(help="timm model name.")],
+    source: Annotated[str, typer.Argument(metavar="FILE|MODEL", help="A checkpoint, or a timm model name.")],
     *,
     train: Annotated[bool, typer.Option("--train", help="Measure training steps, dense beside the method's.")] = False,
     pattern: PatternText = None,
     vector: Vector = None,
-    method: Annotated[str, typer.Option("--method", help="What to measure beside dense.")] = "lbc",
     device: Device = None,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Images per step.")] = 16,
+    batch: Annotated[str, typer.Option("--batch", metavar="N[,N]", help="Images at once, each measured.")] = "16",
     image_size: Annotated[int, typer.Option("--image-size", min=0, help="Pixels; 0: the model's own.")] = 0,
-    amp: Annotated[str, typer.Option("--amp", help="off, bfloat16 or float16 autocast.")] = "off",
-    channels_last: Annotated[bool, typer.Option("--channels-last", help="NHWC memory format.")] = False,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Timed steps of each kind.")] = 10,
-    warmup: Annotated[int, typer.Option("--warmup", min=0, help="Steps before them.")] = 2,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, float16, bfloat16 or float64.")] = None,
+    runtime: Annotated[
+        str | None, typer.Option("--runtime", help="semi-structured, vector or reference; all that run here.")
+    ] = None,
+    modes: Annotated[
+        str | None, typer.Option("--modes", help="eager, compiled or both; both on a GPU, eager on a CPU.")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option("--rounds", min=1, help="Timed calls of each candidate.")] = None,
+    layers: Annotated[bool | None, typer.Option("--layers/--no-layers", help="Time every layer by itself.")] = None,
+    tune: Annotated[bool, typer.Option("--tune", help="Store what is fastest per layer beside FILE.")] = False,
+    estimate: Annotated[
+        str | None, typer.Option("--estimate", metavar="GPU", help="a100, h100 or h200, from datasheets.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="PNG", help="Draw the result.")] = None,
+    method: Annotated[str | None, typer.Option("--method", help="With --train: beside dense; lbc.")] = None,
+    amp: Annotated[str | None, typer.Option("--amp", help="With --train: off, bfloat16 or float16 autocast.")] = None,
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="With --train: NHWC.")] = False,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="With --train: timed steps of each kind.")] = None,
+    warmup: Annotated[int, typer.Option("--warmup", min=0, help="With --train: steps before them.")] = 2,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure what a method adds to a training step, interleaved with dense steps."""
-    if not train:
-        raise UsageError("lbc bench measures training steps: add --train")
+    """Measure inference, dense beside sparse; or, with --train, what a method adds to a training step."""
+    training: dict[str, Any] = {
+        "--method": method,
+        "--amp": amp,
+        "--channels-last": channels_last or None,
+        "--steps": steps,
+    }
+    inference: dict[str, Any] = {
+        "--dtype": dtype,
+        "--runtime": runtime,
+        "--modes": modes,
+        "--rounds": rounds,
+        "--layers": layers,
+    }
+    inference |= {"--tune": tune or None, "--estimate": estimate, "--plot": plot}
+    _refuse(inference if train else training, "inference: drop it, or --train" if train else "training: add --train")
+    console = make_console(quiet)
+    common = {
+        "batches": _batches(batch),
+        "image_size": image_size,
+        "device": device,
+        "pattern": _pattern(pattern, vector),
+    }
+    if train:
+        step = {"method": method, "amp": amp, "channels_last": channels_last, "steps": steps, "warmup": warmup}
+        _train(console, as_json, source, common, step)
+        return
+    options = {"dtype": dtype, "runtime": runtime, "modes": modes, "rounds": rounds, "per_layer": layers}
+    setup = _inference_setup(source, common, {**options, "estimate": estimate})
+    if tune and not Path(source).is_file():
+        raise UsageError(f"--tune stores its choices beside a file: {source} is none")
+    _inference(console, setup, as_json=as_json, plot=plot, tune=tune)
+
+
+def _refuse(options: Mapping[str, Any], belongs: str) -> None:
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise UsageError(f"{', '.join(given)} belongs to {belongs}")
+
+
+def _batches(text: str) -> tuple[int, ...]:
+    try:
+        sizes = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        sizes = ()
+    if not sizes or min(sizes) < 1:
+        raise UsageError(f"--batch {text}: give numbers of images, such as 1,64,256")
+    return sizes
+
+
+def _pattern(pattern: str | None, vector: int | None) -> str:
+    from lbc_cli.patterns import Pattern
+
+    return str(Pattern.parse(pattern or "2:4", vector or 1))
+
+
+def _train(console: Console, as_json: bool, model: str, common: Mapping[str, Any], step: Mapping[str, Any]) -> None:
     from lbc_cli import training
     from lbc_cli.bench import StepSetup, train_bench
-    from lbc_cli.patterns import Pattern
     from lbc_cli.report import print_train_bench, train_bench_record
     from lbc_cli.report.describe import train_bench_view
 
-    console = make_console(quiet)
+    if len(common["batches"]) > 1:
+        raise UsageError(f"--train measures one batch size: {len(common['batches'])} are given")
     setup = StepSetup(
         model=model,
-        pattern=str(Pattern.parse(pattern or "2:4", vector or 1)),
-        method=method,
-        device=training.choose_device(device or "auto"),
-        batch=batch,
-        image_size=image_size,
-        amp=amp,
-        channels_last=channels_last,
-        steps=steps,
-        warmup=warmup,
+        pattern=common["pattern"],
+        method=step["method"] or "lbc",
+        device=training.choose_device(common["device"] or "auto"),
+        batch=common["batches"][0],
+        image_size=common["image_size"],
+        amp=step["amp"] or "off",
+        channels_last=step["channels_last"],
+        steps=step["steps"] or 10,
+        warmup=step["warmup"],
     )
     view = train_bench_view(train_bench(setup, progress=console.info))
     console.json(train_bench_record(view)) if as_json else print_train_bench(console, view)
+
+
+def _inference_setup(source: str, common: Mapping[str, Any], options: Mapping[str, Any]) -> InferenceSetup:
+    import torch
+
+    from lbc_cli.bench.inference import MODES, InferenceSetup
+    from lbc_cli.training import choose_device
+
+    device = choose_device(common["device"] or "auto")
+    on_gpu = device.type == "cuda"
+    dtype = options["dtype"] or ("bfloat16" if on_gpu else "float32")
+    if dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype}: one of {', '.join(DTYPES)}.{did_you_mean(dtype, DTYPES)}")
+    modes = options["modes"]
+    return InferenceSetup(
+        source=source,
+        pattern=common["pattern"],
+        runtime=options["runtime"],
+        device=device,
+        dtype=getattr(torch, dtype),
+        batches=common["batches"],
+        image_size=common["image_size"],
+        modes=tuple(modes.split(",")) if modes else MODES if on_gpu else MODES[:1],
+        rounds=options["rounds"] or 20,
+        per_layer=options["per_layer"] is not False,
+        estimate=options["estimate"] or "",
+        # An estimate is for a GPU that is not here: dense times of this CPU would only stand in its way.
+        measure=on_gpu or not options["estimate"],
+    )
+
+
+def _inference(console: Console, setup: InferenceSetup, *, as_json: bool, plot: Path | None, tune: bool) -> None:
+    from lbc_cli.bench.inference import inference_bench
+    from lbc_cli.report.benched import draw_bench, print_bench
+    from lbc_cli.runtime.tune import save_plan
+
+    result = inference_bench(setup, console.info)
+    if tune and not result.plans:
+        raise UsageError(f"nothing to tune: {result.verdict}")
+    for plan in result.plans if tune else ():
+        console.info(f"{save_plan(setup.source, plan)}: batch {plan.key.batch}: {plan.verdict}")
+    console.json(result.as_dict()) if as_json else print_bench(console, result)
+    if plot is not None and not draw_bench(result, plot):
+        raise UsageError(f"--plot {plot}: nothing was measured, so there is nothing to draw")

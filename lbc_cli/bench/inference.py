@@ -1,0 +1,478 @@
+"""Measuring inference: dense beside sparse, with everything else alike, so that the difference is the sparsity.
+
+Both sides have the same weights, dtype, channels-last layout and folded batch norms, and each gets the better of eager
+and compiled execution. Outputs are compared before anything is timed. Calls are interleaved round by round; medians and
+quartiles are given. Where a device has no sparse kernel, dense is measured alone and nothing is claimed.
+
+As JSON (schema 1, `InferenceBench.as_dict`; times in seconds, sizes in bytes):
+
+    schema, source, pattern, device, dtype, image_size, folded, executors, measured_peak
+    environment   versions, hardware, clocks before and after
+    notes         what a reader must know
+    batches       [{batch, difference, sides: {dense|sparse: {mode, quartiles, images_per_second, peak_bytes,
+                  weight_bytes, modes: {eager|compiled: [q1, median, q3]}}}, speedup, spread}]
+    layers        [{name, shape, pattern, variant, reason, operations, moved_bytes, times: {variant: [q1, median, q3]},
+                  speedup, achieved, share_of_peak}], at the largest batch
+    verdict       where sparse pays here, in words
+    estimate      {im2col|fused: as in `roofline`}, at the largest batch: convolutions as 2:4 kernels can run them
+                  today, and as a fused implicit GEMM would; empty unless asked for. Estimates, never measurements
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lbc_cli import models
+from lbc_cli.bench.datasheets import find_gpu
+from lbc_cli.bench.machine import clocks, measured_peak
+from lbc_cli.bench.operators import other_operators
+from lbc_cli.bench.roofline import Estimate, estimate
+from lbc_cli.bench.work import Form, work_dense
+from lbc_cli.engine import memory_advice
+from lbc_cli.environment import describe_hardware
+from lbc_cli.errors import UsageError, VerificationError
+from lbc_cli.patterns import Pattern, magnitude_mask
+from lbc_cli.runtime.clock import Times, interleaved
+from lbc_cli.runtime.convert import Executed, ways_of
+from lbc_cli.runtime.executors import DENSE, Executor, choose_executors, usable_executors
+from lbc_cli.runtime.layers import SparseLayer
+from lbc_cli.runtime.loading import identity, open_model
+from lbc_cli.runtime.prepare import Prepared, prepare
+from lbc_cli.runtime.trace import Shape
+from lbc_cli.runtime.tune import Plan, example, time_layer, tune
+from lbc_cli.targets import find_targets
+
+SCHEMA = 1
+MODES = ("eager", "compiled")
+Quartiles = tuple[float, float, float]
+# Largest difference of the outputs, relative to the largest logit, by the dtype that both sides compute in.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InferenceSetup:
+    """What is measured.
+
+    Attributes:
+        source: a file, or a timm name (random weights, magnitude masks).
+        pattern: of a timm name's masks.
+        runtime: whose kernels compete with dense; None: all that run here.
+        dtype: of weights and activations.
+        batches: images at once, each measured.
+        image_size: side in pixels; 0: the model's own.
+        modes: of MODES; the better one counts, on both sides.
+        rounds: timed calls of each candidate.
+        seconds: no further round of a candidate after that time.
+        per_layer: time every layer too, and take the fastest way for each.
+        estimate: a GPU of `datasheets` whose roofline is put beside, "" for none.
+        measure: False: only the estimate.
+    """
+
+    source: str
+    pattern: str = "2:4"
+    runtime: str | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype = torch.float32
+    batches: tuple[int, ...] = (1,)
+    image_size: int = 0
+    modes: tuple[str, ...] = ("eager",)
+    rounds: int = 20
+    seconds: float = 2.0
+    per_layer: bool = True
+    estimate: str = ""
+    measure: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be measured.
+
+        Raises:
+            UsageError: naming the option.
+        """
+        if not self.batches or min(self.batches) < 1:
+            raise UsageError(f"batches = {list(self.batches)}: at least one batch of at least one image is needed")
+        if not self.modes or set(self.modes) - set(MODES):
+            raise UsageError(f"modes = {list(self.modes)}: some of {', '.join(MODES)} are needed")
+        if self.dtype not in TOLERANCE:
+            raise UsageError(f"dtype {self.dtype}: one of {', '.join(str(name) for name in TOLERANCE)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One way to run the whole model, at one batch."""
+
+    mode: str
+    """The better of `modes`."""
+    quartiles: Quartiles
+    images_per_second: float
+    peak_bytes: int | None
+    """Of the device, above what was there before the call; None where it is not known."""
+    weight_bytes: int
+    modes: Mapping[str, Quartiles]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchResult:
+    """One batch size; `sparse` is missing from `sides` where no kernel is there."""
+
+    batch: int
+    difference: float | None
+    """Largest difference of the outputs, relative to the largest logit."""
+    sides: Mapping[str, Side]
+
+    @property
+    def speedup(self) -> float | None:
+        """Median of dense over median of sparse."""
+        if "sparse" not in self.sides:
+            return None
+        return self.sides["dense"].quartiles[1] / self.sides["sparse"].quartiles[1]
+
+    @property
+    def spread(self) -> float:
+        """Half the distance between quartiles, relative to the median: the larger of both sides."""
+        return max((side.quartiles[2] - side.quartiles[0]) / 2 / side.quartiles[1] for side in self.sides.values())
+
+
+@dataclass(frozen=True, slots=True)
+class LayerResult:
+    """One layer at the largest batch, all of its calls together."""
+
+    name: str
+    shape: Shape
+    pattern: str
+    variant: str
+    reason: str
+    operations: int
+    """Of the dense product: multiplications and additions."""
+    moved_bytes: int
+    """Weights, inputs and outputs of the dense product, once each."""
+    times: Mapping[str, Quartiles]
+
+    @property
+    def speedup(self) -> float | None:
+        """Dense over the fastest sparse variant; None where there is none."""
+        sparse = [times[1] for name, times in self.times.items() if name != DENSE]
+        return self.times[DENSE][1] / min(sparse) if sparse else None
+
+    def achieved(self) -> float:
+        """Dense operations per second in the time of the variant that runs."""
+        return self.operations / self.times.get(self.variant, self.times[DENSE])[1]
+
+
+@dataclass(frozen=True, slots=True)
+class InferenceBench:
+    """Everything that was measured."""
+
+    setup: InferenceSetup
+    image_size: tuple[int, int]
+    folded: int
+    executors: tuple[str, ...]
+    measured_peak: float | None
+    """Operations per second of a large dense matrix product here; None if nothing was measured."""
+    environment: Mapping[str, Any]
+    batches: tuple[BatchResult, ...]
+    layers: tuple[LayerResult, ...]
+    notes: tuple[str, ...]
+    verdict: str
+    plans: tuple[Plan, ...] = ()
+    estimates: Mapping[str, Estimate] = field(default_factory=dict)
+    """By the form of convolutions: "im2col" and "fused"."""
+
+    def share_of_peak(self, layer: LayerResult) -> float | None:
+        """What a layer achieves of the measured peak, in dense operations: above 1 only sparse ones can be."""
+        return layer.achieved() / self.measured_peak if self.measured_peak else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The result as JSON's types; see the head of this module."""
+        return {
+            "schema": SCHEMA,
+            "source": self.setup.source,
+            "pattern": self.setup.pattern,
+            "device": str(self.setup.device),
+            "dtype": str(self.setup.dtype).removeprefix("torch."),
+            "image_size": list(self.image_size),
+            "folded": self.folded,
+            "executors": list(self.executors),
+            "measured_peak": self.measured_peak,
+            "environment": dict(self.environment),
+            "notes": list(self.notes),
+            "batches": [
+                {**dataclasses.asdict(result), "speedup": result.speedup, "spread": result.spread}
+                for result in self.batches
+            ],
+            "layers": [
+                {
+                    **dataclasses.asdict(layer),
+                    "speedup": layer.speedup,
+                    "achieved": layer.achieved(),
+                    "share_of_peak": self.share_of_peak(layer),
+                }
+                for layer in self.layers
+            ],
+            "verdict": self.verdict,
+            "estimate": {form: estimated.record() for form, estimated in self.estimates.items()},
+        }
+
+
+def inference_bench(setup: InferenceSetup, progress: Callable[[str], None] = lambda line: None) -> InferenceBench:
+    """Measure a model, dense and sparse.
+
+    Raises:
+        UsageError: for a source or runtime that cannot run here.
+        VerificationError: if dense and sparse outputs differ beyond what their dtype explains.
+    """
+    prepared = open_source(setup)
+    estimates = _estimates(setup, prepared)
+    executors = _executors(setup) if setup.measure else []
+    before = clocks(setup.device)
+    results: list[BatchResult] = []
+    plans: list[Plan] = []
+    layers: list[LayerResult] = []
+    with memory_advice("a smaller batch or image size needs less"), torch.inference_mode():
+        peak = measured_peak(setup.device, setup.dtype) if setup.measure else None
+        for batch in setup.batches if setup.measure else ():
+            progress(f"batch {batch}")
+            plan = _plan(setup, prepared, executors, batch, progress)
+            plans += [plan] if plan else []
+            result, executed = _measure(setup, prepared, executors, batch, plan, progress)
+            results.append(result)
+        if setup.per_layer and setup.measure:
+            layers = _layers(setup, prepared, executors, max(setup.batches), executed)
+    height, width = prepared.sample.shape[2:]
+    return InferenceBench(
+        setup=setup,
+        image_size=(int(height), int(width)),
+        folded=len(prepared.folded),
+        executors=tuple(executor.name for executor in executors),
+        measured_peak=peak,
+        environment={**describe_hardware(), "clocks": {"before": before, "after": clocks(setup.device)}},
+        batches=tuple(results),
+        layers=tuple(layers),
+        notes=_notes(setup, executors),
+        verdict=_verdict(results, layers, executors, setup.device),
+        plans=tuple(plans),
+        estimates=estimates,
+    )
+
+
+def _estimates(setup: InferenceSetup, prepared: Prepared) -> dict[str, Estimate]:
+    if not setup.estimate:
+        return {}
+    find_gpu(setup.estimate)  # a name that is none is said before the work
+    batch, image = max(setup.batches), tuple(prepared.sample.shape[1:])
+    layers = prepared.layers()
+    others = other_operators(prepared.model, image, batch=batch, dtype=setup.dtype)
+    return {
+        form: estimate(layers, setup.estimate, batch, setup.dtype, form=form, others=others) for form in get_args(Form)
+    }
+
+
+def open_source(setup: InferenceSetup) -> Prepared:
+    """The model to measure: from a file, or by name with random weights and magnitude masks."""
+    if Path(setup.source).exists():
+        return open_model(setup.source, image_size=setup.image_size)
+    pattern = Pattern.parse(setup.pattern)
+    torch.manual_seed(0)
+    model = models.create(setup.source, image_size=setup.image_size)
+    targets = find_targets(model, pattern).targets
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():  # gates and norms that begin at zero would hide what is behind them
+                parameter.normal_(std=0.05)
+        for target in targets:
+            target.weight.masked_fill_(~magnitude_mask(target.weight, target.pattern), 0)
+    sample = torch.randn(1, *models.input_size(model, setup.image_size), generator=torch.Generator().manual_seed(0))
+    return prepare(model, {target.name: target.pattern for target in targets}, sample)
+
+
+def _executors(setup: InferenceSetup) -> list[Executor]:
+    if setup.runtime is None:
+        return usable_executors(setup.device, setup.dtype)
+    return choose_executors(setup.runtime, setup.device, setup.dtype)
+
+
+def _plan(
+    setup: InferenceSetup,
+    prepared: Prepared,
+    executors: Sequence[Executor],
+    batch: int,
+    progress: Callable[[str], None],
+) -> Plan | None:
+    """Per layer the fastest way; none where only a reference is there, which would always lose."""
+    if not setup.per_layer or not any(executor.measured for executor in executors):
+        return None
+    weights = identity(setup.source) if Path(setup.source).is_file() else ""
+    return tune(
+        prepared,
+        executors,
+        batch=batch,
+        dtype=setup.dtype,
+        device=setup.device,
+        weights=weights,
+        rounds=setup.rounds,
+        seconds=setup.seconds,
+        progress=progress,
+    )
+
+
+def _measure(
+    setup: InferenceSetup,
+    prepared: Prepared,
+    executors: Sequence[Executor],
+    batch: int,
+    plan: Plan | None,
+    progress: Callable[[str], None],
+) -> tuple[BatchResult, list[Executed]]:
+    images = example(tuple(prepared.sample.shape), batch, setup.dtype, setup.device)
+    sides = {"dense": prepared.dense(dtype=setup.dtype, device=setup.device)}
+    executed: list[Executed] = []
+    difference = None
+    if executors:
+        choices = None if plan is None else plan.choices
+        sides["sparse"], executed = prepared.sparse(executors, dtype=setup.dtype, device=setup.device, choices=choices)
+        difference = _compare(sides, images, setup)
+    taken: dict[str, dict[str, Times]] = {name: {} for name in sides}
+    for mode in setup.modes:
+        progress(f"batch {batch}, {mode}")
+        calls = {name: partial(_in_mode(model, mode), images) for name, model in sides.items()}
+        timed = interleaved(calls, setup.device, rounds=setup.rounds, seconds=10 * setup.seconds)
+        for name, times in timed.items():
+            taken[name][mode] = times
+    found = {name: _side(model, taken[name], images, setup) for name, model in sides.items()}
+    return BatchResult(batch, difference, found), executed
+
+
+def _in_mode(model: nn.Module, mode: str) -> Callable[[Tensor], Any]:
+    if mode == "eager":
+        return model
+    torch._dynamo.reset()
+    compiled: Callable[[Tensor], Any] = torch.compile(model, mode="max-autotune")
+    return compiled
+
+
+def _compare(sides: Mapping[str, nn.Module], images: Tensor, setup: InferenceSetup) -> float:
+    expected, actual = sides["dense"](images).double(), sides["sparse"](images).double()
+    difference = float((actual - expected).abs().max() / expected.abs().max())
+    if not difference <= TOLERANCE[setup.dtype]:
+        raise VerificationError(
+            f"{setup.source}: sparse outputs differ from dense ones by {difference:.2g} of the largest logit: at most "
+            f"{TOLERANCE[setup.dtype]:g} is explained by {setup.dtype}; nothing was timed"
+        )
+    return difference
+
+
+def _side(model: nn.Module, taken: Mapping[str, Times], images: Tensor, setup: InferenceSetup) -> Side:
+    mode = min(taken, key=lambda name: taken[name].median)
+    quartiles = taken[mode].quartiles
+    return Side(
+        mode=mode,
+        quartiles=quartiles,
+        images_per_second=len(images) / quartiles[1],
+        peak_bytes=_peak_bytes(model, images, setup.device),
+        weight_bytes=weight_bytes(model),
+        modes={name: times.quartiles for name, times in taken.items()},
+    )
+
+
+def _peak_bytes(model: nn.Module, images: Tensor, device: torch.device) -> int | None:
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    model(images)
+    torch.cuda.synchronize(device)
+    return int(torch.cuda.max_memory_allocated(device) - before)
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Memory of the weights as they are executed, compressed ones in their compressed form."""
+    sparse = [(name, module) for name, module in model.named_modules() if isinstance(module, SparseLayer)]
+    inside = tuple(f"{name}." for name, _ in sparse)
+    plain: list[Tensor] = [value for name, value in model.named_parameters() if not name.startswith(inside)]
+    plain += [module.bias for _, module in sparse if module.bias is not None]
+    return sum(value.nbytes for value in plain) + sum(module.stored_bytes() for _, module in sparse)
+
+
+def _layers(
+    setup: InferenceSetup,
+    prepared: Prepared,
+    executors: Sequence[Executor],
+    batch: int,
+    executed: Sequence[Executed],
+) -> list[LayerResult]:
+    ran = {entry.name: entry for entry in executed}
+    found = []
+    for layer in prepared.layers():
+        if not layer.inputs:
+            continue
+        ways, reason = ways_of(layer, executors)
+        taken = time_layer(layer, ways, batch, setup.dtype, setup.device, setup.rounds, setup.seconds)
+        shapes = [
+            ((batch * i[0], *i[1:]), (batch * o[0], *o[1:])) for i, o in zip(layer.inputs, layer.outputs, strict=True)
+        ]
+        work = [work_dense(layer, inputs, outputs, setup.dtype) for inputs, outputs in shapes]
+        entry = ran.get(layer.name)
+        found.append(
+            LayerResult(
+                name=layer.name,
+                shape=layer.shape,
+                pattern=str(layer.pattern or DENSE),
+                variant=entry.variant if entry else DENSE,
+                reason=entry.reason if entry else reason,
+                operations=sum(int(part.operations) for part in work),
+                moved_bytes=sum(int(part.moved) for part in work),
+                times={name: times.quartiles for name, times in taken.items()},
+            )
+        )
+    return found
+
+
+def _notes(setup: InferenceSetup, executors: Sequence[Executor]) -> tuple[str, ...]:
+    notes = []
+    if not setup.measure:
+        notes.append("nothing was measured: all times are estimates")
+    elif not executors:
+        notes.append(
+            f"no sparse kernel for {setup.dtype} on {setup.device}: dense is measured alone, and no speed-up is claimed"
+        )
+    elif not any(executor.measured for executor in executors):
+        notes.append("the reference decodes its weights at every call: its times say nothing about sparse kernels")
+    if not Path(setup.source).exists():
+        notes.append("random weights with magnitude masks: times do not depend on their values")
+    return tuple(notes)
+
+
+def _verdict(
+    results: Sequence[BatchResult],
+    layers: Sequence[LayerResult],
+    executors: Sequence[Executor],
+    device: torch.device,
+) -> str:
+    if not results:
+        return "nothing was measured"
+    if not any(executor.measured for executor in executors):
+        return f"nothing sparse was measured: {device} has no sparse kernel here"
+    parts = []
+    for result in results:
+        ratio = result.speedup or 1.0
+        word = "faster" if ratio - 1 > result.spread else "slower" if 1 - ratio > result.spread else "level"
+        parts.append(f"batch {result.batch}: sparse is {word} ({ratio:.2f}x, spread {result.spread:.1%})")
+    able = [layer for layer in layers if layer.speedup is not None]
+    if able:
+        wins = [layer for layer in able if layer.variant != DENSE]
+        mean = math.exp(sum(math.log(layer.speedup or 1.0) for layer in able) / len(able))
+        parts.append(f"{len(wins)} of {len(able)} sparse layers run sparse, {mean:.2f}x in the geometric mean")
+        lost = [layer for layer in able if layer.variant == DENSE]
+        if lost:
+            small = min(lost, key=lambda layer: layer.operations)
+            parts.append(f"{len(lost)} stay dense because dense is as fast there, the smallest {small.name}")
+    return "; ".join(parts)
