@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 from lbc_cli.errors import LbcError
 
 if TYPE_CHECKING:
-    from lbc_cli.checkpoint import load, save
+    from lbc_cli.checkpoint import save
     from lbc_cli.methods import attach
+    from lbc_cli.runtime import load
     from lbc_cli.verifier import verify
 
 __version__ = "0.1.0"
@@ -29,7 +30,7 @@ __all__ = ["LbcError", "__version__", "attach", "load", "save", "verify"]
 _HOME = {
     "attach": "lbc_cli.methods",
     "save": "lbc_cli.checkpoint",
-    "load": "lbc_cli.checkpoint",
+    "load": "lbc_cli.runtime",
     "verify": "lbc_cli.verifier",
 }
 

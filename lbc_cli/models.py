@@ -133,6 +133,11 @@ def check_name(name: str) -> None:
         raise ModelError(f"{arch} has no pretrained tag {tag!r} in timm {timm.__version__}.{nearest}") from error
 
 
+def is_known(name: str) -> bool:
+    """Whether timm has a model of this name."""
+    return bool(_timm().is_model(name.partition(".")[0]))
+
+
 def family(name: str) -> str:
     """The family a model belongs to: the name of timm's module for it ("resnet", "vision_transformer", "deit").
 
@@ -170,6 +175,19 @@ def data_config(model: nn.Module, image_size: int = 0) -> dict[str, Any]:
     return config
 
 
+def from_folder(folder: Path) -> nn.Module:
+    """The model in a timm folder (config.json and model.safetensors), exactly as plain timm loads it.
+
+    Raises:
+        ModelError: if timm cannot load it.
+    """
+    try:
+        model: nn.Module = _timm().create_model(f"local-dir:{folder}", pretrained=True)
+    except Exception as error:
+        raise ModelError(f"timm cannot load {folder}: {_cause(error)}") from error
+    return model
+
+
 def input_size(model: nn.Module, image_size: int = 0) -> tuple[int, int, int]:
     """(C, H, W) of the images that a model takes; arguments as for `data_config`."""
     channels, height, width = data_config(model, image_size)["input_size"]
@@ -196,7 +214,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, tensors: Tensors, source: str) -> None:
-    """Load weights whose names and shapes are exactly the model's.
+    """Load weights whose names and shapes are exactly the model's, converted to the model's dtypes.
 
     Args:
         model: what to fill, in place.
@@ -205,6 +223,17 @@ def load_weights(model: nn.Module, tensors: Tensors, source: str) -> None:
 
     Raises:
         ModelError: saying what is missing, unexpected or of another shape; the model is unchanged then.
+    """
+    check_fit(model, tensors, source)
+    with torch.no_grad():
+        model.load_state_dict(dict(tensors), strict=True)
+
+
+def check_fit(model: nn.Module, tensors: Tensors, source: str) -> None:
+    """Check that names and shapes are exactly the model's; only counters of batches may be missing.
+
+    Raises:
+        ModelError: saying what is missing, unexpected or of another shape.
     """
     own = model.state_dict()
     sizes = [name for name in own if name in tensors and tensors[name].shape != own[name].shape]
@@ -219,8 +248,30 @@ def load_weights(model: nn.Module, tensors: Tensors, source: str) -> None:
     ]
     if problems:
         raise ModelError(f"{source} does not fit the model: {'; '.join(problems)}{_classifier_hint(model, sizes)}")
-    with torch.no_grad():
-        model.load_state_dict(dict(tensors), strict=True)
+
+
+def arguments_from(name: str, tensors: Tensors) -> dict[str, int]:
+    """The arguments of a model that the shapes of its weights give away: num_classes, and in_chans where it is not 3.
+
+    Args:
+        name: a timm name.
+        tensors: state-dict name -> tensor.
+
+    Raises:
+        ModelError: for an unknown name.
+    """
+    check_name(name)
+    config = _pretrained_cfg(name)
+    found: dict[str, int] = {}
+    for key, layer, axis in (("num_classes", config.classifier, 0), ("in_chans", config.first_conv, 1)):
+        first = layer[0] if isinstance(layer, list | tuple) and layer else layer
+        weight = tensors.get(f"{first}.weight")
+        if weight is not None and weight.dim() > axis:
+            found[key] = int(weight.shape[axis])
+    # A stem that moves 4 x 4 pixels into channels (tresnet) has 16 times those of the image.
+    if found.get("in_chans") in (3, 48):
+        del found["in_chans"]
+    return found
 
 
 def _listed(what: str, names: Iterable[str], most: int = 3) -> list[str]:

@@ -253,9 +253,25 @@ def magnitude_mask(weight: Tensor, pattern: Pattern) -> Tensor:
     Returns:
         bool [O, I, *K]; ties go to the lower position.
     """
-    magnitude = to_groups(weight.detach(), pattern).to(torch.float64).abs().sum(dim=1)
-    kept = keep_best(magnitude, torch.ones_like(magnitude, dtype=torch.bool), pattern.n)
-    return from_groups(kept[:, None], weight.shape, pattern)
+    check_shape(weight.shape, pattern)
+    out, inp, v, m = *weight.shape[:2], pattern.vector, pattern.m
+    # One row compares exactly as it is; float64 is for sums, and for dtypes that cannot be compared.
+    exact = v == 1 and weight.element_size() > 1
+    magnitude = weight.detach().to(weight.dtype if exact else torch.float64).abs()
+    rows = magnitude.reshape(out // v, v, inp // m, m, -1)
+    kept = _largest((rows[:, 0] if v == 1 else rows.sum(dim=1)).movedim(2, 0), pattern.n).movedim(0, 2)
+    return kept[:, None].expand(rows.shape).reshape(weight.shape).contiguous()
+
+
+def _largest(values: Tensor, keep: int) -> Tensor:
+    """Bool [M, ...]: the `keep` largest along dim 0, the lower index where they tie. Comparing pairs beats sorting."""
+    columns = [column.contiguous() for column in values]
+    losses = [torch.zeros_like(column, dtype=torch.uint8) for column in columns]
+    for i, j in itertools.combinations(range(len(columns)), 2):
+        later = columns[j] > columns[i]
+        losses[i] += later
+        losses[j] += ~later
+    return torch.stack([count < keep for count in losses])
 
 
 def pack_bits(bits: Tensor) -> Tensor:

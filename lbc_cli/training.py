@@ -9,7 +9,6 @@ A resumed run takes everything from the folder: the resolved recipe is the only 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
@@ -18,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.optim import Optimizer
 
-from lbc_cli import checkpoint, data, flops, models, runs
+from lbc_cli import checkpoint, data, flops, models, runs, weights
 from lbc_cli.engine import FitResult, FitSettings, NullReporter, Reporter, fit, make_deterministic
 from lbc_cli.environment import describe_environment
 from lbc_cli.errors import CheckpointError, ModelError, OutputError, UsageError, VerificationError
@@ -259,21 +257,11 @@ def _create(resolved: ResolvedRecipe, num_classes: int) -> nn.Module:
         image_size=resolved.recipe.data.image_size,
         pretrained=wanted.pretrained,
         init=Path(wanted.init) if wanted.init else None,
-        read=_read_init,
+        read=lambda path: weights.read(path).tensors,
         drop_rate=wanted.drop_rate,
         drop_path_rate=wanted.drop_path_rate,
         kwargs=wanted.kwargs,
     )
-
-
-def _read_init(path: Path) -> Mapping[str, torch.Tensor]:
-    """Weights to start from: one of our checkpoints, or safetensors with plain names."""
-    if not path.is_file():
-        raise ModelError(f"{path}: no such weight file")
-    with contextlib.suppress(SafetensorError), safe_open(path, "pt") as file:
-        if "lbc" in (file.metadata() or {}):
-            return checkpoint.read(path).tensors
-    return models.read_safetensors(path)
 
 
 def resume(folder: RunFolder, progress: Callable[[int], None] = lambda count: None) -> Job:

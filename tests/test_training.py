@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lbc_cli import checkpoint, training
-from lbc_cli.errors import ModelError, OutputError, RecipeError, UsageError
+from lbc_cli.errors import CheckpointError, ModelError, OutputError, RecipeError, UsageError
 from lbc_cli.recipe import resolve
 from lbc_cli.recipe.load import with_values
 from lbc_cli.runs import RunFolder
@@ -62,7 +62,7 @@ def test_a_run_starts_from_packed_and_from_plain_weights(tmp_path: Path) -> None
         for key, value in first.model.state_dict().items():
             assert torch.equal(second.model.state_dict()[key], value)
     (tmp_path / "text.safetensors").write_text("no weights")
-    with pytest.raises(ModelError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="cannot be read"):
         job(**{"model.init": str(tmp_path / "text.safetensors")})
 
 

@@ -1,0 +1,78 @@
+"""`lbc prune`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lbc_cli.cli.arguments import Arguments, Classes, Key, model_arguments, pattern_text
+from lbc_cli.cli.common import make_console, parse_layers, reported
+from lbc_cli.cli.options import AsJson, LayerPatterns, PatternText, Quiet, Vector
+from lbc_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from lbc_cli.oneshot import Start
+
+_ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
+
+
+@reported
+def prune(
+    model: Annotated[str, typer.Argument(metavar="MODEL|FILE", help="timm model, or a checkpoint or timm folder.")],
+    *,
+    pattern: PatternText = None,
+    vector: Vector = None,
+    layers: LayerPatterns = None,
+    method: Annotated[str, typer.Option("--method", help="How to choose the weights that stay.")] = "magnitude",
+    weights: Annotated[
+        str | None,
+        typer.Option("--weights", metavar="pretrained|random|FILE", help="Of MODEL; pretrained if not said."),
+    ] = None,
+    key: Key = None,
+    seed: Annotated[int | None, typer.Option("--seed", metavar="S", min=0, help="Of random weights; 0.")] = None,
+    num_classes: Classes = None,
+    override: Arguments = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="F", help="The checkpoint; must be new.")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Prune a model to N:M in one shot, save it packed, and verify what was saved."""
+    console = make_console(quiet)
+    text = pattern_text(pattern, vector)
+    if text is None or out is None:
+        missing = "--pattern, such as --pattern 2:4" if text is None else "--out, the file to write"
+        raise UsageError(f"lbc prune needs {missing}")
+    chosen, arguments = parse_layers(layers), model_arguments(override, num_classes)
+    from lbc_cli import oneshot
+    from lbc_cli.report.pruned import print_pruned, pruned_record
+
+    oneshot.check_out(out)
+    start = _start(model, weights, seed, key, arguments)
+    console.info(f"{start.arch}, weights: {start.origin}")
+    outcome = oneshot.prune(start, pattern=text, out=out, layers=chosen, method=method)
+    console.json(pruned_record(outcome)) if as_json else print_pruned(console, outcome)
+
+
+def _start(model: str, weights: str | None, seed: int | None, key: str | None, arguments: dict[str, Any]) -> Start:
+    from lbc_cli import oneshot
+
+    if seed is not None and weights != oneshot.RANDOM:
+        raise UsageError("--seed is for random weights: add --weights random, or leave it out")
+    if not _is_path(model):
+        return oneshot.from_name(
+            model, weights=weights or oneshot.PRETRAINED, seed=seed or 0, key=key, kwargs=arguments
+        )
+    if weights is not None:
+        raise UsageError(f"{model} brings its own weights: drop --weights, or name a timm model instead of the file")
+    return oneshot.from_file(model, key=key, kwargs=arguments)
+
+
+def _is_path(text: str) -> bool:
+    """Whether MODEL|FILE is a file: by its spelling, or because it is there and timm knows no such model."""
+    from lbc_cli import models
+
+    if "/" in text or text.lower().endswith(_ENDINGS):
+        return True
+    return Path(text).exists() and not models.is_known(text)
