@@ -77,9 +77,16 @@ class DivergenceError(LbcError):
 
 
 class CheckpointError(LbcError):
-    """A file that is damaged, or not the canonical encoding of its content."""
+    """A file that is damaged, or not the canonical encoding of its content.
+
+    Args:
+        message: may quote the file; it becomes one printable line of bounded length.
+    """
 
     exit_code = 3
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class VerificationError(LbcError):
@@ -92,6 +99,12 @@ class Interrupted(LbcError):
     """Stopped by a signal after the state was saved."""
 
     exit_code = 130
+
+
+def one_line(text: str, *, most: int = 2000) -> str:
+    """A text that may come from a hostile file, fit for a terminal: unprintable characters escaped, cut to a length."""
+    cut = text if len(text) <= most else f"{text[:most]} [...]"
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in cut)
 
 
 def did_you_mean(name: str, choices: Iterable[str], *, most: int = 3) -> str:

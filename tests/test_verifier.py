@@ -17,7 +17,7 @@ from lbc_cli.errors import PatternError, UsageError
 from lbc_cli.patterns import Pattern, magnitude_mask
 from lbc_cli.targets import find_targets
 from lbc_cli.verifier import Report, verify
-from lbc_cli.verifier.bits import FORMATS, Census, count, population, unsigned
+from lbc_cli.verifier.bits import FORMATS, Census, count, unsigned
 from tests.checkpoints import MUTATIONS, SPELLINGS, FakePruner, parts, sealed, small_checkpoint, small_model
 from tests.golden.encoder import FOLDER, golden
 from tests.test_checkpoint import flips
@@ -66,9 +66,13 @@ def test_odd_values_are_reported() -> None:
 def test_json_is_stable(tmp_path: Path) -> None:
     small_checkpoint(tmp_path / "m")
     parsed = json.loads(verify(tmp_path / "m").to_json())
-    assert set(parsed) == {"schema", "ok", "path", "kind", "phase", "method", "digest", "findings", "layers", "dense"}
+    assert set(parsed) == {
+        *("schema", "ok", "path", "kind", "phase", "method", "digest"),
+        *("findings", "layers", "dense", "model", "against", "accuracy"),
+    }
     assert set(parsed["layers"][0]) == {"name", "shape", "pattern", "density", "groups", "under_filled"}
-    assert parsed["schema"] == 1
+    assert set(parsed["dense"][0]) == {"name", "why", "shape"}
+    assert (parsed["schema"], parsed["model"], parsed["against"], parsed["accuracy"]) == (1, None, None, None)
     assert verify(tmp_path / "m").to_json() == verify(tmp_path / "m").to_json()
 
 
@@ -234,7 +238,9 @@ def test_a_dense_file_that_holds_the_pattern(tmp_path: Path) -> None:
     why = {dense.name: dense.why for dense in report.dense}
     assert why["stem.weight"] == "3 input channels, not a multiple of 4"
     assert why["head.weight"] == "classifier"
-    assert set(why) == set(others)
+    assert set(why) == {"stem.weight", "head.weight", "pos_embed", "empty.weight"}
+    assert why["pos_embed"].startswith("not the weight")
+    assert why["empty.weight"] == "empty"
 
 
 def test_single_extra_non_zeros_are_caught_and_located(tmp_path: Path) -> None:
@@ -294,7 +300,7 @@ def test_usage_errors(tmp_path: Path) -> None:
         verify(tmp_path / "run")
     save_file({"w": torch.zeros(8, 8)}, tmp_path / "odd.safetensors")
     assert "w: not the weight" in verify(tmp_path / "odd.safetensors", pattern="2:4").findings[0].message
-    with pytest.raises(UsageError, match="is not a file"):
+    with pytest.raises(UsageError, match="is not a timm folder"):
         verify(tmp_path)
     with pytest.raises(PatternError):
         verify(dense_file(tmp_path / "m", sparse_tensors()), pattern="4:2")
@@ -321,6 +327,12 @@ def test_usage_errors(tmp_path: Path) -> None:
 def test_hostile_headers(header: bytes, tmp_path: Path) -> None:
     (tmp_path / "d").write_bytes(len(header).to_bytes(8, "little") + header)
     assert not verify(tmp_path / "d", pattern="2:4").ok
+
+
+def test_what_cannot_be_read_is_of_no_kind(tmp_path: Path) -> None:
+    (tmp_path / "d").write_text("a text of some length")
+    report = verify(tmp_path / "d")
+    assert (report.kind, rules(report)) == (None, ["file"])
 
 
 # Numbers as bits.
@@ -358,13 +370,6 @@ def test_every_format_is_known() -> None:
     from lbc_cli.checkpoint.container import DTYPES as STORED
 
     assert {name: form.size for name, form in FORMATS.items()} == STORED
-
-
-def test_population() -> None:
-    import numpy as np
-
-    sets = np.array([0, 1, 0xFFFFFFFF, 0x80000001, 0x12345678], np.uint32)
-    assert population(sets).tolist() == [0, 1, 32, 2, bin(0x12345678).count("1")]
 
 
 def test_the_verifier_stands_on_its_own(tmp_path: Path) -> None:

@@ -11,6 +11,10 @@ import typer
 
 from lbc_cli import __version__
 from lbc_cli.cli.bench import bench
+from lbc_cli.cli.convert import convert
+from lbc_cli.cli.export import export
+from lbc_cli.cli.inspect import inspect
+from lbc_cli.cli.prune import prune
 from lbc_cli.cli.recipes import list_recipes, recipe_schema, show_recipe
 from lbc_cli.cli.train import train
 from lbc_cli.cli.verify import verify
@@ -27,7 +31,11 @@ app = typer.Typer(
 recipes = typer.Typer(name="recipe", help="Look at recipes.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(recipes)
 app.command()(train)
+app.command()(prune)
+app.command()(convert)
 app.command()(verify)
+app.command()(export)
+app.command()(inspect)
 app.command()(bench)
 recipes.command("list")(list_recipes)
 recipes.command("show")(show_recipe)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -64,3 +64,19 @@ def make_console(quiet: bool = False, verbose: bool = False) -> Console:
     if quiet and verbose:
         raise UsageError("--quiet and --verbose contradict each other: give one of them")
     return Console(Verbosity.QUIET if quiet else Verbosity.VERBOSE if verbose else Verbosity.NORMAL)
+
+
+def parse_layers(entries: Iterable[str] | None) -> dict[str, str]:
+    """Read `--layers GLOB=N:M` options; the last of several for one glob counts, at its own place.
+
+    Raises:
+        UsageError: if an entry is not of that form.
+    """
+    layers: dict[str, str] = {}
+    for entry in entries or ():
+        glob, equals, pattern = entry.rpartition("=")
+        if not (glob.strip() and equals and pattern.strip()):
+            raise UsageError(f"--layers {entry!r}: write GLOB=N:M or GLOB=dense, such as 'layer4.*=1:4'")
+        layers.pop(glob.strip(), None)
+        layers[glob.strip()] = pattern.strip()
+    return layers

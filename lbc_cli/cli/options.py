@@ -15,3 +15,7 @@ Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE
 PatternText = Annotated[str | None, typer.Option("--pattern", metavar="N:M", help="Keep N of M input channels.")]
 Vector = Annotated[int | None, typer.Option("--vector", metavar="V", help="V output channels share a mask.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda or cuda:N; cuda where there is one.")]
+LayerPatterns = Annotated[
+    list[str] | None,
+    typer.Option("--layers", metavar="GLOB=N:M", help="Another pattern, or dense, for these layers; repeatable."),
+]

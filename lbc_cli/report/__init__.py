@@ -38,6 +38,7 @@ from lbc_cli.report.views import (
     SummaryView,
     TrainBenchView,
     VerifyView,
+    ViolationView,
 )
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "TrainingProgress",
     "Verbosity",
     "VerifyView",
+    "ViolationView",
     "curves",
     "format_bytes",
     "format_change",

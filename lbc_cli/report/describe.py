@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from lbc_cli.environment import describe_hardware
 from lbc_cli.report import views
-from lbc_cli.report.formats import format_bytes, format_seconds, plural
+from lbc_cli.report.formats import format_accuracy, format_bytes, format_seconds, plural
 from lbc_cli.runs import RunFolder
 
 if TYPE_CHECKING:
     from lbc_cli.bench import StepTimes, TrainBench
     from lbc_cli.training import Job, Outcome
-    from lbc_cli.verifier import Report
+    from lbc_cli.verifier import Report, Violation
 
 _BROKEN = ("pattern", "positions")  # rules of the verifier that say a group breaks its pattern
 
@@ -76,8 +77,10 @@ def summary_view(job: Job, outcome: Outcome, folder: RunFolder) -> views.Summary
 
 def verify_view(report: Report) -> views.VerifyView:
     """What the verifier found."""
-    facts = {"kind": report.kind, "phase": report.phase, "method": report.method, "manifest": report.digest}
-    violations = {finding.tensor: finding.count for finding in report.findings if finding.rule in _BROKEN}
+    broken = Counter[str]()
+    for finding in report.findings:
+        if finding.rule in _BROKEN:
+            broken[finding.tensor] += finding.count
     layers = [
         views.CheckedLayerView(
             name=layer.name,
@@ -85,18 +88,49 @@ def verify_view(report: Report) -> views.VerifyView:
             pattern=layer.pattern,
             density=layer.density,
             groups=layer.groups,
-            violations=violations.get(layer.name, 0),
+            violations=broken[layer.name],
             under_filled=layer.under_filled,
         )
         for layer in report.layers
     ]
     errors = [finding for finding in report.findings if finding.level == "error"]
-    shown = errors or report.findings
-    findings = [finding.message for finding in shown]
-    known = {name: value for name, value in facts.items() if value}
-    if report.dense:
-        known["dense tensors"] = str(len(report.dense))
-    return views.VerifyView(path=report.path, ok=report.ok, layers=layers, findings=findings, facts=known)
+    return views.VerifyView(
+        path=report.path,
+        ok=report.ok,
+        layers=layers,
+        findings=[finding.message for finding in errors or report.findings],
+        facts=_verify_facts(report),
+        skipped=[views.SkippedView(name=d.name, shape=tuple(d.shape), reason=d.why) for d in report.dense],
+        violations=[_violation_view(f.tensor, group) for f in report.findings for group in f.groups],
+    )
+
+
+def _verify_facts(report: Report) -> dict[str, str]:
+    facts: dict[str, str | None] = {
+        "kind": report.kind,
+        "phase": report.phase,
+        "method": report.method,
+        "manifest": report.digest,
+    }
+    if model := report.model:
+        arguments = ", ".join(f"{key}={value}" for key, value in model["kwargs"].items())
+        facts["model"] = model["name"] + (f" with {arguments}" if arguments else "")
+    if other := report.against:
+        rounded = f", {other['rounded']} after rounding" if other["rounded"] else ""
+        facts["compared with"] = f"{other['path']} ({other['kind']})"
+        facts["equal tensors"] = f"{other['equal']} of {other['tensors']} in both{rounded}"
+        facts["weights"] = other["digest"]
+    if accuracy := report.accuracy:
+        facts["accuracy"] = (
+            f"top-1 {format_accuracy(accuracy['top1'])}, top-5 {format_accuracy(accuracy['top5'])} "
+            f"on {accuracy['n']} images of {accuracy['data']}"
+        )
+    return {name: value for name, value in facts.items() if value}
+
+
+def _violation_view(layer: str, group: Violation) -> views.ViolationView:
+    values = ", ".join(group.values[:4]) + (", ..." if len(group.values) > 4 else "")
+    return views.ViolationView(layer=layer, place=group.place, group=group.number, used=group.used, values=values)
 
 
 def train_bench_view(result: TrainBench) -> views.TrainBenchView:

@@ -42,6 +42,7 @@ from lbc_cli.report.views import (
     SummaryView,
     TrainBenchView,
     VerifyView,
+    ViolationView,
 )
 from lbc_cli.runs import plain
 
@@ -50,6 +51,7 @@ Columns = Mapping[str, Align]
 Cell = str | Text
 Parts = tuple[RenderableType, ...]
 
+LAYERS_SHOWN = 4  # layers whose violating groups are listed; every layer's are counted
 NAMES_SHOWN = 4  # names of skipped layers listed per reason; their number is always given
 
 
@@ -219,7 +221,7 @@ def format_verdict(verified: bool | None, findings: Sequence[str], layers: int) 
     if verified is None:
         last, style = "not verified", "yellow"
     elif verified:
-        last, style = f"ok: {plural(layers, 'sparse layer')} verified", "green"
+        last, style = f"ok: {plural(layers, 'sparse layer')} verified" if layers else "ok: no layer is sparse", "green"
     else:
         last, style = f"violations: {plural(len(findings), 'finding')}", "red"
     lines = [f"  {one_line(finding)}\n" for finding in findings]
@@ -232,6 +234,8 @@ def format_verify(view: VerifyView) -> Parts:
         _title(f"Verify: {view.path}"),
         *([format_facts(view.facts)] if view.facts else []),
         *([_format_checked(view.layers)] if view.layers else []),
+        *([format_skipped(view.skipped)] if view.skipped else []),
+        *([_format_violations(view.violations)] if view.violations else []),
         format_verdict(view.ok, view.findings, len(view.layers)),
     )
 
@@ -254,6 +258,18 @@ def _format_checked(layers: Sequence[CheckedLayerView]) -> RenderableType:
         for layer in layers
     ]
     return table(f"Sparse layers ({len(layers)})", columns, rows)
+
+
+def _format_violations(violations: Sequence[ViolationView]) -> RenderableType:
+    """The first violating groups, of the first layers that have any."""
+    layers = list(dict.fromkeys(violation.layer for violation in violations))
+    rows = [
+        [v.layer, v.place, str(v.group), str(v.used), v.values] for v in violations if v.layer in layers[:LAYERS_SHOWN]
+    ]
+    columns: Columns = {"layer": "left", "place": "left", "group": "right", "used": "right", "values": "left"}
+    rest = len(layers) - LAYERS_SHOWN
+    caption = f"and groups of {plural(rest, 'more layer')}: --json lists them" if rest > 0 else ""
+    return table("First violating groups", columns, rows, caption=caption)
 
 
 def format_train_bench(view: TrainBenchView) -> Parts:

@@ -118,6 +118,21 @@ class CheckedLayerView:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ViolationView:
+    """A group that breaks its pattern."""
+
+    layer: str
+    place: str
+    """As "(o=3, k=(1, 2), i=8..11)"."""
+    group: int
+    """Its number in the layer, in the order (o, k, i)."""
+    used: int
+    """Positions in use."""
+    values: str
+    """The group's weights."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyView:
     """What the verifier says about a file."""
 
@@ -128,6 +143,10 @@ class VerifyView:
     """What is wrong or worth knowing, one line each."""
     facts: Mapping[str, str] = field(default_factory=dict)
     """Label -> value: format, method, phase, digest."""
+    skipped: Sequence[SkippedView] = ()
+    """Weights of which no pattern is asked."""
+    violations: Sequence[ViolationView] = ()
+    """The first violating groups of each layer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

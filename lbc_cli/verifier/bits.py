@@ -1,4 +1,4 @@
-"""Numbers as bits: zeros, NaN and infinities of every dtype, and sets of positions. numpy only."""
+"""Numbers as bits: zeros, NaN and infinities of every dtype, and rounding between floats. numpy only."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 Bits = NDArray[Any]
-Positions = NDArray[np.uint32]
-"""One set of positions per group: bit p is position p (M is at most 32)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +85,7 @@ def count(bits: Bits, dtype: str, census: Census) -> NDArray[np.bool_]:
     census.elements += bits.size
     census.nonzero += used
     if form.sign:
-        census.negative_zeros += int(np.count_nonzero(bits == kind(form.sign)))
+        census.negative_zeros += int(np.count_nonzero(bits)) - used
     if form.nan is not None:
         census.nans += int(np.count_nonzero(bits == kind(form.nan)))
     if form.top is not None and bits.size and int(magnitude.max()) >= form.top:
@@ -96,14 +94,40 @@ def count(bits: Bits, dtype: str, census: Census) -> NDArray[np.bool_]:
     return nonzero
 
 
-def population(sets: Positions) -> NDArray[np.uint8]:
-    """How many positions each set holds."""
-    pairs = sets - ((sets >> 1) & np.uint32(0x55555555))
-    fours = (pairs & np.uint32(0x33333333)) + ((pairs >> 2) & np.uint32(0x33333333))
-    eights = (fours + (fours >> 4)) & np.uint32(0x0F0F0F0F)
-    with np.errstate(over="ignore"):
-        total = (eights * np.uint32(0x01010101)) >> 24
-    return np.asarray(total, np.uint8)
+def narrowed(bits: Bits, dtype: str, target: str) -> tuple[Bits, NDArray[np.bool_]]:
+    """Round floats to another type: to nearest even, float64 through float32, as torch does.
+
+    Args:
+        bits: from `unsigned`.
+        dtype: F64, F32, F16 or BF16.
+        target: one of these that is no wider, or F32.
+
+    Returns:
+        The rounded elements as bits, and which of them are NaN.
+    """
+    if dtype == target:
+        numbers = bits
+    else:
+        with np.errstate(over="ignore", invalid="ignore"):
+            numbers = _single_to(_to_single(bits, dtype), target)
+    form = FORMATS[target]
+    kind = numbers.dtype.type
+    return numbers, np.asarray((numbers & kind(~form.sign & (256**form.size - 1))) > kind(form.top))
+
+
+def _to_single(bits: Bits, dtype: str) -> NDArray[np.float32]:
+    if dtype == "BF16":
+        return (bits.astype(np.uint32) << 16).view(np.float32)
+    return bits.view(f"<f{FORMATS[dtype].size}").astype(np.float32)
+
+
+def _single_to(numbers: NDArray[np.float32], target: str) -> Bits:
+    if target != "BF16":
+        return numbers.astype(f"<f{FORMATS[target].size}").view(f"<u{FORMATS[target].size}")
+    bits = numbers.view(np.uint32)
+    # Half of the last place, less one where the kept part is even, carries upwards; a NaN must not carry into zero.
+    rounded = ((bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(numbers), np.uint16(0x7FFF), rounded)
 
 
 def shown(bits: Bits, dtype: str) -> str:

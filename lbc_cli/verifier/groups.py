@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 
@@ -9,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lbc_cli.verifier.bits import Bits, Census, shown
-from lbc_cli.verifier.report import Finding, LayerReport
+from lbc_cli.verifier.report import GROUPS_SHOWN, Finding, LayerReport, Report, Violation
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,20 +36,54 @@ class Tally:
     groups: int = 0
     under_filled: int = 0
     violations: int = 0
-    first: str = ""
-    """The first violation, for the message."""
+    first: list[Violation] = field(default_factory=list)
+    """The first violations, `GROUPS_SHOWN` at the most."""
     census: Census = field(default_factory=Census)
 
-    def layer(self, name: str, shape: tuple[int, ...], rule: Rule) -> LayerReport:
-        """The line of the report."""
-        return LayerReport(name, shape, str(rule), self.census.density, self.groups, self.under_filled)
+
+def settle(name: str, shape: tuple[int, ...], rule: Rule, tally: Tally, report: Report) -> None:
+    """Report a tensor whose groups were all counted: its line, its violations, its odd values.
+
+    Args:
+        name: the tensor's.
+        shape: [O, I, *K].
+        rule: what its groups were checked against.
+        tally: what was counted.
+        report: updated in place.
+    """
+    report.layers.append(LayerReport(name, shape, str(rule), tally.census.density, tally.groups, tally.under_filled))
+    add_violations(name, rule, tally, report)
+    report.findings += value_findings(name, tally.census, sparse=True)
 
 
-def place(rule: Rule, row: int, position: int, group: int, kernel: tuple[int, ...]) -> str:
-    """A group as "(o=3, k=(1, 2), i=8..11)"; `row` counts vectors."""
-    o = str(row) if rule.v == 1 else f"{row * rule.v}..{row * rule.v + rule.v - 1}"
+def add_violations(name: str, rule: Rule, tally: Tally, report: Report) -> None:
+    """Report the groups of a tensor that break a rule, if any do."""
+    if tally.violations:
+        message = (
+            f"{name}: {tally.first[0]}: {rule} allows {rule.n} of {rule.m}; {tally.violations} of {tally.groups} "
+            f"groups violate it"
+        )
+        report.add(Finding("pattern", name, message, tally.violations, groups=tuple(tally.first)))
+
+
+def violation(
+    rule: Rule, row: int, position: int, group: int, kernel: tuple[int, ...], inputs: int, used: int
+) -> Violation:
+    """Name a group by numbers.
+
+    Args:
+        rule: N:M/V.
+        row: number of the vector: of the output channel where V is 1.
+        position: index into the flattened K.
+        group: number along the input channels.
+        kernel: K.
+        inputs: I.
+        used: positions in use.
+    """
     k = tuple(int(axis) for axis in np.unravel_index(position, kernel)) if kernel else ()
-    return f"(o={o}, k={k}, i={group * rule.m}..{group * rule.m + rule.m - 1})"
+    number = (row * math.prod(kernel) + position) * (inputs // rule.m) + group
+    outputs = (row * rule.v, row * rule.v + rule.v - 1)
+    return Violation(number, outputs, k, (group * rule.m, group * rule.m + rule.m - 1), used)
 
 
 def check_groups(
@@ -68,21 +103,32 @@ def check_groups(
     rows, inputs, positions = nonzero.shape
     split = nonzero.reshape(rows // rule.v, rule.v, inputs // rule.m, rule.m, positions)
     used: NDArray[np.bool_] = split[:, 0] if rule.v == 1 else np.logical_or.reduce(split, axis=1)
-    counts = np.zeros((len(used), inputs // rule.m, positions), np.uint8)
-    for member in range(rule.m):
-        counts += used[:, :, member]
+    counts = count_used(used)
     wrong = counts > rule.n
     tally.groups += counts.size
     tally.under_filled += int(np.count_nonzero(counts < rule.n))
     tally.violations += int(np.count_nonzero(wrong))
-    if not tally.first and wrong.any():
-        o, i, k = (int(axis) for axis in np.argwhere(wrong)[0])
-        values = bits.reshape(split.shape)[o, :, i, :, k]
-        listed = ", ".join(shown(row, dtype) for row in values[:4]) + (", ..." if rule.v > 4 else "")
-        tally.first = (
-            f"group {place(rule, first + o, k, i, kernel)} uses {int(counts[o, i, k])} positions, {listed}: "
-            f"{rule} allows {rule.n} of {rule.m}"
-        )
+    if len(tally.first) < GROUPS_SHOWN and wrong.any():
+        values = bits.reshape(split.shape)
+        for o, k, i in np.argwhere(wrong.swapaxes(1, 2))[: GROUPS_SHOWN - len(tally.first)].tolist():
+            rows_shown = tuple(shown(row, dtype) for row in values[o, :, i, :, k])
+            found = violation(rule, first + o, k, i, kernel, inputs, int(counts[o, i, k]))
+            tally.first.append(dataclasses.replace(found, values=rows_shown))
+
+
+def count_used(used: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """How many of the M positions of each group are in use: bool [rows, I/M, M, prod(K)] -> [rows, I/M, prod(K)]."""
+    rows, groups, m, positions = used.shape
+    if m in (4, 8) and positions == 1 and used.flags.c_contiguous:
+        # A group is a word of bytes that are 0 or 1; times 1 1 1 1, the topmost byte is their sum.
+        words = used.reshape(-1).view(f"u{m}")
+        ones = words.dtype.type(int.from_bytes(bytes([1] * m), "little"))
+        sums: NDArray[np.uint8] = (words * ones >> words.dtype.type(8 * (m - 1))).astype(np.uint8)
+        return sums.reshape(rows, groups, 1)
+    counts = np.zeros((rows, groups, positions), np.uint8)
+    for member in range(m):
+        counts += used[:, :, member]
+    return counts
 
 
 def value_findings(name: str, census: Census, *, sparse: bool) -> list[Finding]:

@@ -1,4 +1,26 @@
-"""What a verification has found. Nothing here reads a file or imports torch."""
+"""What a verification has found. Nothing here reads a file or imports torch.
+
+`Report.as_dict` is what `lbc verify --json` prints; `schema` changes when a member changes its meaning, not when one is
+added. Version 1:
+
+    schema    1
+    ok        whether no finding is an error
+    path      the artefact
+    kind      "packed" (a checkpoint of lbc), "dense" (any other safetensors file), "folder" (timm's), "onnx",
+              "semi-structured" (an export of lbc), null where the container is too damaged to tell
+    phase     "final" or "training", null where the file does not say
+    method    how it was pruned, null where the file does not say
+    digest    SHA-256 of the manifest, null where there is none
+    findings  list of {rule, tensor, message, count, level: "error" | "warning", groups}; tensor is "" for the file as a
+              whole, groups lists the first violating groups: {number, outputs: [first, last], kernel: [...],
+              inputs: [first, last], used, values: [one line for each output channel]}
+    layers    list of {name, shape, pattern, density, groups, under_filled}: tensors whose groups were all checked
+    dense     list of {name, why, shape}: weights of which no pattern is asked
+    model     null, or {name, kwargs, parameters}: the timm model that names and shapes were compared with
+    against   null, or {path, kind, tensors, equal, rounded, different, missing, extra, digest}: the other artefact;
+              counts of tensors, and the SHA-256 of all weights, null unless both hold the same
+    accuracy  null, or {top1, top5, n, data}: measured, in percent, over n images
+"""
 
 from __future__ import annotations
 
@@ -8,6 +30,38 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 SCHEMA = 1
+GROUPS_SHOWN = 5
+"""How many violating groups of a tensor a finding lists; all are counted."""
+
+Kind = Literal["packed", "dense", "folder", "onnx", "semi-structured"]
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """A group that breaks its pattern."""
+
+    number: int
+    """Of the group in its tensor, in the order (o, k, i)."""
+    outputs: tuple[int, int]
+    """First and last output channel."""
+    kernel: tuple[int, ...]
+    inputs: tuple[int, int]
+    """First and last input channel."""
+    used: int
+    """Positions in use."""
+    values: tuple[str, ...] = ()
+    """The weights of each output channel, as text."""
+
+    @property
+    def place(self) -> str:
+        """Where it is, as "(o=3, k=(1, 2), i=8..11)"."""
+        first, last = self.outputs
+        o = str(first) if first == last else f"{first}..{last}"
+        return f"(o={o}, k={self.kernel}, i={self.inputs[0]}..{self.inputs[1]})"
+
+    def __str__(self) -> str:
+        listed = ", ".join(self.values[:4]) + (", ..." if len(self.values) > 4 else "")
+        return f"group {self.place} uses {self.used} positions" + (f", {listed}" if listed else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +69,7 @@ class Finding:
     """Something that is wrong, or worth knowing."""
 
     rule: str
-    """Which rule: "header", "manifest", "digest", "positions", "pattern", "nan", ..."""
+    """Which rule: "file", "digest", "positions", "padding", "pattern", "nan", "model", "against", ..."""
     tensor: str
     """The tensor that breaks it, "" for the file as a whole."""
     message: str
@@ -23,6 +77,8 @@ class Finding:
     count: int = 1
     """How many groups or elements; the message shows the first."""
     level: Literal["error", "warning"] = "error"
+    groups: tuple[Violation, ...] = ()
+    """The first groups that violate a pattern."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,19 +98,20 @@ class LayerReport:
 
 @dataclass(frozen=True, slots=True)
 class DenseReport:
-    """A tensor to which no pattern applies."""
+    """A tensor of two or more dimensions of which no pattern is asked."""
 
     name: str
     why: str
+    shape: tuple[int, ...]
 
 
 @dataclass(slots=True)
 class Report:
-    """Everything `verify` knows of one file."""
+    """Everything `verify` knows of one artefact."""
 
     path: str
-    kind: Literal["packed", "dense"] = "packed"
-    """A checkpoint of lbc, or any other safetensors file."""
+    kind: Kind | None = None
+    """None where the container is too damaged to tell."""
     phase: str | None = None
     """Either "final" or "training"; None where the file does not say."""
     method: str | None = None
@@ -63,12 +120,19 @@ class Report:
     findings: list[Finding] = field(default_factory=list)
     layers: list[LayerReport] = field(default_factory=list)
     dense: list[DenseReport] = field(default_factory=list)
+    model: dict[str, Any] | None = None
+    """The timm model that names and shapes were compared with."""
+    against: dict[str, Any] | None = None
+    """What the comparison with another artefact counted."""
+    accuracy: dict[str, Any] | None = None
+    """What was measured on data."""
 
     def add(self, finding: Finding) -> None:
         """Note a finding; what breaks the same rule in the same tensor is counted with the first."""
         for number, known in enumerate(self.findings):
-            if (known.rule, known.tensor) == (finding.rule, finding.tensor):
-                self.findings[number] = dataclasses.replace(known, count=known.count + finding.count)
+            if (known.rule, known.tensor, known.level) == (finding.rule, finding.tensor, finding.level):
+                groups = (known.groups + finding.groups)[:GROUPS_SHOWN]
+                self.findings[number] = dataclasses.replace(known, count=known.count + finding.count, groups=groups)
                 return
         self.findings.append(finding)
 
@@ -78,7 +142,7 @@ class Report:
         return not any(finding.level == "error" for finding in self.findings)
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as JSON's types; `schema` changes when a member changes its meaning."""
+        """The report as JSON's types, as the module describes them."""
         return {"schema": SCHEMA, "ok": self.ok, **dataclasses.asdict(self)}
 
     def to_json(self) -> str:

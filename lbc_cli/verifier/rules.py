@@ -13,7 +13,7 @@ from lbc_cli.errors import CheckpointError
 from lbc_cli.verifier.bits import FORMATS
 from lbc_cli.verifier.groups import Rule
 from lbc_cli.verifier.packed import PackedTensor
-from lbc_cli.verifier.source import Entry, Source, strict_json
+from lbc_cli.verifier.source import ELEMENT_LIMIT, Entry, Source, strict_json
 
 _MEMBERS: dict[str, tuple[type, ...]] = {
     "version": (int,),
@@ -49,6 +49,8 @@ class Claims:
     """Stored name -> SHA-256."""
     packed: list[PackedTensor]
     unstructured: dict[str, int]
+    arch: str | None
+    kwargs: dict[str, Any]
 
 
 def is_ours(source: Source) -> bool:
@@ -64,27 +66,51 @@ def read_claims(source: Source) -> Claims:
     Raises:
         CheckpointError: at the first rule that is broken.
     """
-    _check_canonical(source)
-    text = source.metadata["lbc"]
+    return _claims(source, *read_manifest(source, "lbc"))
+
+
+def read_manifest(source: Source, key: str) -> tuple[Any, str]:
+    """Check that a header is canonical and holds a sound manifest, and nothing else, in its metadata.
+
+    Args:
+        source: the file.
+        key: of the manifest; its SHA-256 is under `key`.sha256.
+
+    Returns:
+        The manifest as JSON, and its SHA-256.
+
+    Raises:
+        CheckpointError: at the first rule that is broken.
+    """
+    _check_canonical(source, ["format", key, f"{key}.sha256"])
+    text = source.metadata[key]
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-    if digest != source.metadata["lbc.sha256"]:
+    if digest != source.metadata[f"{key}.sha256"]:
         raise CheckpointError("the manifest does not match its SHA-256")
     try:
         manifest = strict_json(text)
         again = json.dumps(manifest, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"the manifest is not JSON: {error}") from error
+    if _nested_above(manifest, 64):
+        raise CheckpointError("the manifest is nested deeper than 64 levels")
     if again != text:
         raise CheckpointError("the manifest is not compact JSON with sorted keys")
-    return _claims(source, manifest, digest)
+    return manifest, digest
 
 
-def _check_canonical(source: Source) -> None:
+def _nested_above(value: Any, limit: int) -> bool:
+    level = [value]
+    for _ in range(limit + 1):
+        inner = [entry.values() if isinstance(entry, dict) else entry for entry in level if type(entry) in (dict, list)]
+        level = [entry for entries in inner for entry in entries]
+    return bool(level)
+
+
+def _check_canonical(source: Source, keys: list[str]) -> None:
     """The header has one spelling: three sorted metadata keys first, tensors in order, compact, padded to 8 bytes."""
-    if sorted(source.metadata) != ["format", "lbc", "lbc.sha256"] or source.metadata["format"] != "pt":
-        raise CheckpointError(
-            f"the metadata keys are {sorted(source.metadata)[:8]}: format, lbc, lbc.sha256 are needed"
-        )
+    if sorted(source.metadata) != keys or source.metadata["format"] != "pt":
+        raise CheckpointError(f"the metadata keys are {sorted(source.metadata)[:8]}: {', '.join(keys)} are needed")
     ordered = sorted(source.entries.values(), key=lambda entry: (_ORDER.index(entry.dtype), entry.name))
     spelled: dict[str, Any] = {"__metadata__": {key: source.metadata[key] for key in sorted(source.metadata)}}
     start = 8 + len(source.raw)
@@ -99,23 +125,31 @@ def _check_canonical(source: Source) -> None:
 def _claims(source: Source, manifest: Any, digest: str) -> Claims:
     if isinstance(manifest, dict) and manifest.get("version") != 1:
         raise CheckpointError(f"the manifest has version {str(manifest.get('version'))[:20]}: 1 is known")
-    _check_members(manifest, _MEMBERS, "the manifest")
-    _check_members(manifest["model"], _MODEL, "model")
+    check_members(manifest, _MEMBERS, "the manifest")
+    check_members(manifest["model"], _MODEL, "model")
     if manifest["phase"] not in ("final", "training"):
         raise CheckpointError(f"the phase is {manifest['phase'][:40]!r}: final or training are known")
     if manifest["phase"] == "training" and (manifest["sparse"] or manifest["unstructured"]):
         raise CheckpointError("the phase is training, but sparse tensors are claimed")
-    _check_tensors(source, manifest["tensors"])
+    check_tensors(source, manifest["tensors"])
     packed = [_packed(source, name, value) for name, value in manifest["sparse"].items()]
     _check_no_strays(source, packed)
     for name, nonzeros in manifest["unstructured"].items():
-        if type(nonzeros) is not int or name not in source.entries:
+        if type(nonzeros) is not int or name not in source.entries or name.endswith((".nm_values", ".nm_index")):
             raise CheckpointError(f"the unstructured tensor {name} is not there, or its count is no integer")
     digests = {name: value["sha256"] for name, value in manifest["tensors"].items()}
-    return Claims(manifest["phase"], manifest["method"], digest, digests, packed, manifest["unstructured"])
+    arch, kwargs = manifest["model"]["arch"], manifest["model"]["kwargs"]
+    return Claims(
+        manifest["phase"], manifest["method"], digest, digests, packed, manifest["unstructured"], arch, kwargs
+    )
 
 
-def _check_members(value: Any, members: dict[str, tuple[type, ...]], what: str) -> None:
+def check_members(value: Any, members: dict[str, tuple[type, ...]], what: str) -> None:
+    """Check that a JSON object has exactly these members, each of one of its types.
+
+    Raises:
+        CheckpointError: if not.
+    """
     if not isinstance(value, dict) or set(value) != set(members):
         raise CheckpointError(f"{what} must have exactly the members {sorted(members)}")
     for name, kinds in members.items():
@@ -123,12 +157,17 @@ def _check_members(value: Any, members: dict[str, tuple[type, ...]], what: str) 
             raise CheckpointError(f"{name} of {what} is a {type(value[name]).__name__}")
 
 
-def _check_tensors(source: Source, listed: dict[str, Any]) -> None:
+def check_tensors(source: Source, listed: dict[str, Any]) -> None:
+    """Check that a manifest lists exactly the tensors of the file, each with dtype, shape and a SHA-256.
+
+    Raises:
+        CheckpointError: if not.
+    """
     if set(listed) != set(source.entries):
         odd = sorted(set(listed) ^ set(source.entries))
         raise CheckpointError(f"manifest and file hold different tensors: {odd[0]} ({len(odd)} such)")
     for name, value in listed.items():
-        _check_members(value, _TENSOR, f"tensor {name}")
+        check_members(value, _TENSOR, f"tensor {name}")
         entry = source.entries[name]
         if value["dtype"] != entry.dtype or value["shape"] != list(entry.shape):
             raise CheckpointError(f"tensor {name} is {entry.dtype} {list(entry.shape)}, not what the manifest says")
@@ -137,16 +176,18 @@ def _check_tensors(source: Source, listed: dict[str, Any]) -> None:
 
 
 def _packed(source: Source, name: str, value: Any) -> PackedTensor:
-    _check_members(value, _SPARSE, f"sparse tensor {name}")
+    check_members(value, _SPARSE, f"sparse tensor {name}")
     match = re.fullmatch("([1-9][0-9]?):([1-9][0-9]?)", value["pattern"])
     n, m = (int(match[1]), int(match[2])) if match else (0, 0)
     rule = Rule(n, m, value["vector"])
     if not 1 <= rule.n < rule.m <= 32 or rule.v < 1:
         raise CheckpointError(f"sparse tensor {name} has the impossible pattern {value['pattern'][:20]!r}/{rule.v}")
     shape = value["shape"]
-    if len(shape) < 2 or any(type(size) is not int or size < 1 for size in shape):
+    if not 2 <= len(shape) <= 16 or any(type(size) is not int or not 1 <= size <= ELEMENT_LIMIT for size in shape):
         raise CheckpointError(f"sparse tensor {name} has the impossible shape {str(shape)[:80]}")
-    if shape[1] % rule.m or shape[0] % rule.v or value["dtype"] not in FORMATS or name in source.entries:
+    unfit = shape[1] % rule.m or shape[0] % rule.v or math.prod(shape) > ELEMENT_LIMIT
+    # F8_E8M0 has no zero, so nothing can be left out.
+    if unfit or value["dtype"] not in FORMATS or value["dtype"] == "F8_E8M0" or name in source.entries:
         raise CheckpointError(f"sparse tensor {name} of shape {shape} cannot be {rule} of dtype {value['dtype'][:20]}")
     groups = shape[1] // rule.m
     width = math.ceil(groups * rule.n * rule.bits() / 8)

@@ -6,8 +6,10 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from lbc_cli.errors import CheckpointError
@@ -16,6 +18,7 @@ from lbc_cli.verifier.bits import FORMATS
 HEADER_LIMIT = 32 * 1024 * 1024
 ELEMENT_LIMIT = 1 << 36
 _BLOCK = 1 << 20
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # the same in every Python; isprintable is not
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +49,26 @@ class Source:
     metadata: dict[str, str]
     entries: dict[str, Entry]
     """In the order of the data."""
+    hasher: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    """One thread that hashes what was read while it is being looked at."""
 
 
 class Stream:
-    """The bytes of one tensor, read once from front to back and hashed on the way."""
+    """The bytes of one tensor, read once from front to back and hashed on the way.
 
-    def __init__(self, source: Source, entry: Entry) -> None:
+    Args:
+        source: the file.
+        entry: the tensor.
+        hashed: False if nobody will ask for the digest.
+    """
+
+    def __init__(self, source: Source, entry: Entry, *, hashed: bool = True) -> None:
         self._file = source.file
         self._at = entry.begin
         self._entry = entry
         self._hash = hashlib.sha256()
+        self._hasher = source.hasher if hashed else None
+        self._hashing: Future[None] | None = None
 
     def read(self, size: int) -> bytes:
         """The next bytes.
@@ -68,14 +81,22 @@ class Stream:
         if len(data) != size or self._at + size > self._entry.end:
             raise CheckpointError(f"tensor {self._entry.name} is cut off")
         self._at += size
-        self._hash.update(data)
+        if self._hasher is not None:
+            self._wait()
+            self._hashing = self._hasher.submit(self._hash.update, data)
         return data
 
     def digest(self) -> str:
         """SHA-256 of the whole tensor; what was not read yet is read now."""
         while self._at < self._entry.end:
             self.read(min(_BLOCK, self._entry.end - self._at))
+        self._wait()
         return self._hash.hexdigest()
+
+    def _wait(self) -> None:
+        """One piece at a time, so that no more than two are held."""
+        if self._hashing is not None:
+            self._hashing.result()
 
 
 def strict_json(text: str) -> Any:
@@ -122,7 +143,7 @@ def read_source(file: BinaryIO) -> Source:
 
 
 def _entry(name: str, value: Any, start: int) -> Entry:
-    if not name.isprintable() or not name or ".." in name.replace("\\", "/").split("/") or name[0] in "/\\":
+    if not name or _UNPRINTABLE.search(name) or ".." in name.replace("\\", "/").split("/") or name[0] in "/\\":
         raise CheckpointError(f"the tensor name {name[:80]!r} is a path or unprintable")
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"the header's entry of {name} needs exactly dtype, shape and data_offsets")
@@ -131,7 +152,7 @@ def _entry(name: str, value: Any, start: int) -> Entry:
         raise CheckpointError(f"tensor {name} has the unknown dtype {str(dtype)[:40]!r}")
     if not _sizes(shape) or len(shape) > 16 or math.prod(size or 1 for size in shape) > ELEMENT_LIMIT:
         raise CheckpointError(f"tensor {name} has the impossible shape {str(shape)[:80]}")
-    if not _sizes(offsets) or len(offsets) != 2:
+    if not _sizes(offsets) or len(offsets) != 2 or max(offsets) >> 63:
         raise CheckpointError(f"tensor {name} has the impossible offsets {str(offsets)[:80]}")
     if offsets[1] - offsets[0] != math.prod(shape) * FORMATS[dtype].size:
         raise CheckpointError(f"tensor {name} is {dtype} {shape}, but its offsets are {offsets}")
