@@ -35,6 +35,8 @@ from lbc_cli.patterns import Pattern, check_shape
 CHUNK_ELEMENTS = 1 << 18  # a few MiB of working memory; larger chunks leave the cache and gain nothing
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
+_NUMBER, _PLACE = np.uint8(0b111_00000), np.uint8(0b000_11111)  # parts of a label: of the group, within the group
+
 Codes = NDArray[np.uint8]
 
 
@@ -144,11 +146,11 @@ def pack(weight: Tensor, pattern: Pattern, mask: Tensor | None = None, name: str
     for first, last in layout.chunks():
         rows = _arrange(_vectors(source, first, last, pattern), pattern)
         marks = None if mask is None else _arrange(_vectors(mask.cpu(), first, last, pattern), pattern)
-        codes = _kept_positions(rows.numpy(), None if marks is None else marks.numpy(), layout)
-        if codes is None:
+        kept = _kept_positions(rows.numpy(), None if marks is None else marks.numpy(), layout)
+        if kept is None:
             raise _violation(rows, marks, layout, name, first)
-        _take(rows.numpy(), codes, layout, values[first:last].numpy())
-        index[first:last] = torch.from_numpy(_encode(codes, layout))
+        _take(rows.numpy(), kept.flat, values[first:last].numpy())
+        index[first:last] = torch.from_numpy(_encode(kept.codes, layout))
     return Packed(values.view(weight.dtype).reshape(layout.values_shape), index.reshape(layout.index_shape))
 
 
@@ -181,21 +183,48 @@ def unpack(values: Tensor, index: Tensor, shape: Sequence[int], pattern: Pattern
     return dense.view(values.dtype).reshape(out, inp, *kernel)
 
 
-def _checked_layout(values: Tensor, index: Tensor, shape: Sequence[int], pattern: Pattern, name: str) -> Layout:
+def check_index(index: Tensor, shape: Sequence[int], pattern: Pattern, name: str = "weight") -> None:
+    """Check that an index is the canonical encoding of kept positions, without restoring anything.
+
+    Args:
+        index: uint8 [O/V, *K, row_bytes].
+        shape: [O, I, *K] of the dense weight.
+        pattern: N:M and vector length.
+        name: what to call the tensor in messages.
+
+    Raises:
+        CheckpointError: if it is not.
+    """
+    layout = _layout_of_file(shape, pattern, name)
+    _check_index_shape(index, layout, name)
+    rows = index.cpu().reshape(layout.vectors, layout.positions, layout.row_bytes).numpy()
+    for first, last in layout.chunks():
+        _decode(rows[first:last], layout, name, first)
+
+
+def _layout_of_file(shape: Sequence[int], pattern: Pattern, name: str) -> Layout:
     try:
-        layout = Layout.of(shape, pattern)
+        return Layout.of(shape, pattern)
     except PatternError as error:
         raise CheckpointError(f"{name}: {error}") from error
+
+
+def _check_index_shape(index: Tensor, layout: Layout, name: str) -> None:
+    if tuple(index.shape) != layout.index_shape or index.dtype != torch.uint8:
+        raise CheckpointError(
+            f"{name}: the index is {index.dtype} {list(index.shape)}: {layout.pattern} of {list(layout.shape)} needs "
+            f"torch.uint8 {list(layout.index_shape)}"
+        )
+
+
+def _checked_layout(values: Tensor, index: Tensor, shape: Sequence[int], pattern: Pattern, name: str) -> Layout:
+    layout = _layout_of_file(shape, pattern, name)
     if tuple(values.shape) != layout.values_shape:
         raise CheckpointError(
             f"{name}: values have shape {list(values.shape)}: {pattern} of {list(shape)} needs "
             f"{list(layout.values_shape)}"
         )
-    if tuple(index.shape) != layout.index_shape or index.dtype != torch.uint8:
-        raise CheckpointError(
-            f"{name}: the index is {index.dtype} {list(index.shape)}: {pattern} of {list(shape)} needs "
-            f"torch.uint8 {list(layout.index_shape)}"
-        )
+    _check_index_shape(index, layout, name)
     return layout
 
 
@@ -216,8 +245,18 @@ def _arrange(rows: Tensor, pattern: Pattern) -> Tensor:
     return rows.movedim(1, -1).reshape(rows.shape[0] // pattern.vector, pattern.vector, -1).contiguous()
 
 
-def _kept_positions(rows: NDArray[Any], marks: NDArray[np.bool_] | None, layout: Layout) -> Codes | None:
-    """The positions kept in each group of a chunk, [groups, N], ascending; None if it cannot be packed.
+@dataclass(frozen=True, slots=True, eq=False)
+class _Kept:
+    """Kept positions of a chunk, in the order of groups."""
+
+    flat: NDArray[np.int64]
+    """Within the chunk's first rows of vectors, [o, prod(K) * I] flattened."""
+    codes: Codes
+    """Within the group; flat."""
+
+
+def _kept_positions(rows: NDArray[Any], marks: NDArray[np.bool_] | None, layout: Layout) -> _Kept | None:
+    """The positions to keep in each group of a chunk; None if it cannot be packed.
 
     Args:
         rows: the elements, [o, V, prod(K) * I].
@@ -235,27 +274,39 @@ def _kept_positions(rows: NDArray[Any], marks: NDArray[np.bool_] | None, layout:
     return _exact(kept, layout)
 
 
-def _exact(used: NDArray[np.bool_], layout: Layout) -> Codes | None:
-    """The positions in use if every group has exactly N of them, else None."""
+def _exact(used: NDArray[np.bool_], layout: Layout) -> _Kept | None:
+    """The positions in use if every group has exactly N of them, else None.
+
+    The p-th position in use belongs to group p // N if there are N of each. It is enough to compare three bits of the
+    group's number: groups only ascend, so the first to differ by a multiple of eight would leave the last ones without
+    a group to belong to.
+    """
     n, m = layout.pattern.n, layout.pattern.m
     groups = used.size // m
-    if 16 % m == 0 and used.size % 16 == 0:
-        codes, sound = _positions_of_words(n, m)
-        words = np.packbits(used.reshape(-1), bitorder="little").view("<u2")
-        return codes[words].reshape(groups, n) if sound[words].all() else None
-    found = torch.from_numpy(used.reshape(-1)).nonzero().numpy()  # several times as fast as numpy's own
-    if found.size != groups * n:
+    flat = np.flatnonzero(used)
+    if flat.size != groups * n:
         return None
-    flat = found.reshape(groups, n) - np.arange(0, groups * m, m)[:, None]
-    return flat.astype(np.uint8) if (flat[:, 0] >= 0).all() and (flat[:, -1] < m).all() else None
+    labels = np.take(_labels(groups, m), flat, mode="clip")  # "raise" would check what cannot be
+    whole = np.array_equal(labels & _NUMBER, _numbers(groups, n))
+    return _Kept(flat, labels & _PLACE) if whole else None
 
 
 @lru_cache(maxsize=8)
-def _positions_of_words(n: int, m: int) -> tuple[Codes, NDArray[np.bool_]]:
-    """For every 16-bit set of positions, 16/M groups: the codes, and whether each group has exactly N."""
-    bits = (np.arange(1 << 16)[:, None] >> np.arange(16) & 1).astype(np.uint8).reshape(-1, 16 // m, m)
-    codes = np.argsort(1 - bits, axis=-1, kind="stable")[..., :n].astype(np.uint8)
-    return codes.reshape(1 << 16, -1), (bits.sum(axis=-1) == n).all(axis=-1)
+def _labels(groups: int, m: int) -> Codes:
+    """Of every position: three bits of its group's number, five of its place in the group."""
+    return (_numbers(groups, m).reshape(groups, m) | np.arange(m, dtype=np.uint8)).reshape(-1)
+
+
+@lru_cache(maxsize=8)
+def _numbers(groups: int, count: int) -> Codes:
+    """The last three bits of every group's number, in the upper bits, `count` times each."""
+    return (np.arange(groups) << 5).astype(np.uint8).repeat(count)
+
+
+@lru_cache(maxsize=8)
+def _starts(groups: int, n: int, m: int) -> NDArray[np.int64]:
+    """The first position of every group, N times each."""
+    return np.arange(0, groups * m, m).repeat(n)
 
 
 def _fill(used: NDArray[np.bool_], layout: Layout) -> NDArray[np.bool_]:
@@ -269,74 +320,83 @@ def _fill(used: NDArray[np.bool_], layout: Layout) -> NDArray[np.bool_]:
     return groups
 
 
-def _take(rows: NDArray[Any], codes: Codes, layout: Layout, out: NDArray[Any]) -> None:
-    """Gather the kept values of every row of a vector into out [o, V, kept per row]."""
-    o, v, width = rows.shape
-    flat = codes + np.arange(0, len(codes) * layout.pattern.m, layout.pattern.m)[:, None]
-    local = flat.reshape(o, 1, -1)
-    if v > 1:
-        rest = np.arange(o)[:, None] * (v - 1) + np.arange(v)
-        local = local + (rest * width)[:, :, None]
-    np.take(rows.reshape(-1), local, out=out, mode="clip")  # "raise" would buffer `out`
+def _take(rows: NDArray[Any], flat: NDArray[np.int64], out: NDArray[Any]) -> None:
+    """Gather the kept values of every row of a vector, [o, V, width], into out [o, V, kept per row]."""
+    np.take(rows.reshape(-1), _in_all_rows(flat, *rows.shape), out=out, mode="clip")  # "raise" would buffer `out`
+
+
+def _in_all_rows(flat: NDArray[np.int64], o: int, v: int, width: int) -> NDArray[np.int64]:
+    """From positions in [o, width], the same for all rows of a vector, to positions in [o, V, width]: [o, V, kept]."""
+    shared = flat.reshape(o, 1, -1)
+    if v == 1:
+        return shared
+    rows = np.arange(o)[:, None] * (v - 1) + np.arange(v)
+    return shared + (rows * width)[:, :, None]
 
 
 def _encode(codes: Codes, layout: Layout) -> Codes:
-    """Positions [groups, N] of a chunk to rows of bytes [o, prod(K), row_bytes]. Eight codes fill b bytes."""
-    b, per_row = layout.bits, layout.codes
-    rows = codes.reshape(-1, per_row)
-    padded = np.zeros((len(rows), -(-per_row // 8) * 8), np.uint8)
-    padded[:, :per_row] = rows
-    blocks = padded.reshape(len(rows), -1, 8)
-    out = np.zeros((*blocks.shape[:2], b), np.uint8)
-    for i in range(8):
-        byte, shift = divmod(i * b, 8)
-        out[..., byte] |= blocks[..., i] << shift
-        if shift + b > 8:
-            out[..., byte + 1] |= blocks[..., i] >> (8 - shift)
-    return out.reshape(len(rows), -1)[:, : layout.row_bytes].reshape(-1, layout.positions, layout.row_bytes)
+    """Positions of a chunk to rows of bytes [o, prod(K), row_bytes]. Eight codes, one in each byte, become b bytes."""
+    b, rows = layout.bits, codes.reshape(-1, layout.codes)
+    words = _padded(rows, 8).view("<u8")
+    for lanes in (1, 2, 4):  # codes that lie together so far, in lanes of as many bytes; pairs of lanes join
+        low = _lanes((1 << b * lanes) - 1, 16 * lanes)
+        words = (words & low) | ((words >> np.uint64((8 - b) * lanes)) & (low << np.uint64(b * lanes)))
+    packed = words.astype("<u8", copy=False).view(np.uint8).reshape(len(rows), -1, 8)[..., :b]
+    return packed.reshape(len(rows), -1)[:, : layout.row_bytes].reshape(-1, layout.positions, layout.row_bytes)
 
 
 def _decode(index: Codes, layout: Layout, name: str, first: int) -> Codes:
-    """The inverse of `_encode`: [o, prod(K), I/M, N], or an error if the bytes are not canonical."""
+    """The inverse of `_encode`: flat positions, or an error if the bytes are not canonical."""
     b, per_row, (o, k, row_bytes) = layout.bits, layout.codes, index.shape
-    padded = np.zeros((o * k, -(-per_row // 8) * b), np.uint8)
-    padded[:, :row_bytes] = index.reshape(o * k, row_bytes)
-    blocks = padded.reshape(o * k, -1, b)
-    codes = np.empty((*blocks.shape[:2], 8), np.uint8)
-    for i in range(8):
-        byte, shift = divmod(i * b, 8)
-        word = blocks[..., byte] >> shift
-        if shift + b > 8:
-            word |= blocks[..., byte + 1] << (8 - shift)
-        codes[..., i] = word & ((1 << b) - 1)
-    rows = codes.reshape(o * k, -1)
+    blocks = _padded(index.reshape(o * k, row_bytes), b).reshape(-1, b)
+    spread = np.zeros((len(blocks), 8), np.uint8)
+    for byte in range(b):
+        spread[:, byte] = blocks[:, byte]
+    words = spread.view("<u8")
+    for lanes in (4, 2, 1):
+        low = _lanes((1 << b * lanes) - 1, 16 * lanes)
+        words = (words & low) | ((words & (low << np.uint64(b * lanes))) << np.uint64((8 - b) * lanes))
+    rows = words.astype("<u8", copy=False).view(np.uint8).reshape(o * k, -1)
     if rows[:, per_row:].any():
         raise CheckpointError(f"{name}: the index has bits set after the last code of a row: padding must be zero")
-    found = rows[:, :per_row].reshape(o, k, layout.groups, layout.pattern.n)
-    _check_positions(found, layout, name, first)
-    return found
+    codes = np.ascontiguousarray(rows[:, :per_row]).reshape(-1)
+    _check_positions(codes, layout, name, first)
+    return codes
+
+
+def _padded(rows: Codes, multiple: int) -> Codes:
+    """Rows filled up with zeros to a multiple of so many columns."""
+    missing = -rows.shape[1] % multiple
+    return np.ascontiguousarray(np.pad(rows, ((0, 0), (0, missing))) if missing else rows)
+
+
+def _lanes(value: int, width: int) -> np.uint64:
+    """A word that repeats a value every `width` bits."""
+    return np.uint64(sum(value << at for at in range(0, 64, width)))
 
 
 def _check_positions(codes: Codes, layout: Layout, name: str, first: int) -> None:
     """Positions must ascend strictly and stay below M."""
-    wrong = codes[..., -1] >= layout.pattern.m
-    for slot in range(1, layout.pattern.n):
-        wrong |= codes[..., slot] <= codes[..., slot - 1]
+    n, m = layout.pattern.n, layout.pattern.m
+    wrong = codes >= m
+    behind = codes[1:] <= codes[:-1]
+    behind[n - 1 :: n] = False  # from one group to the next
+    wrong[1:] |= behind
     if wrong.any():
-        o, k, i = (int(axis) for axis in np.argwhere(wrong)[0])
+        groups = codes.reshape(-1, layout.positions, layout.groups, n)
+        o, k, i = (int(axis) for axis in np.argwhere(wrong.reshape(groups.shape).any(axis=-1))[0])
         raise CheckpointError(
-            f"{name}: group {_place(layout, first + o, k, i)} keeps positions {codes[o, k, i].tolist()}: "
-            f"{layout.pattern} needs {layout.pattern.n} different ones below {layout.pattern.m} in ascending order"
+            f"{name}: group {_place(layout, first + o, k, i)} keeps positions {groups[o, k, i].tolist()}: "
+            f"{layout.pattern} needs {n} different ones below {m} in ascending order"
         )
 
 
 def _put(values: NDArray[Any], codes: Codes, layout: Layout) -> NDArray[Any]:
     """Scatter values [o, V * kept per row] into zeros [o * V, prod(K) * I]."""
-    o, v = len(codes), layout.pattern.vector
-    dense = np.zeros((o * v, layout.positions * layout.shape[1]), values.dtype)
-    start = np.arange(o * v * layout.positions * layout.groups) * layout.pattern.m
-    flat = start.reshape(o, v, -1, 1) + codes.reshape(o, 1, -1, layout.pattern.n)
-    dense.reshape(-1)[flat.reshape(-1)] = values.reshape(-1)
+    o, v, width = len(values), layout.pattern.vector, layout.positions * layout.shape[1]
+    dense = np.zeros((o * v, width), values.dtype)
+    flat = _starts(codes.size // layout.pattern.n, layout.pattern.n, layout.pattern.m) + codes
+    dense.reshape(-1)[_in_all_rows(flat, o, v, width).reshape(-1)] = values.reshape(-1)
     return dense
 
 

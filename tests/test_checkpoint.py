@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lbc_cli
-from lbc_cli.checkpoint import load, load_state, read, read_manifest, save, save_state
+from lbc_cli.checkpoint import load, load_state, read, read_manifest, save, save_state, stream
+from lbc_cli.checkpoint.architecture import uninitialised
 from lbc_cli.checkpoint.files import atomic_write_bytes, atomic_write_text, remove_stale
 from lbc_cli.checkpoint.writer import write_checkpoint
 from lbc_cli.errors import CheckpointError, ModelError, OutputError, UsageError, VerificationError
@@ -321,6 +322,105 @@ def test_unknown_architecture(tmp_path: Path) -> None:
         load(tmp_path / "m")
 
 
+def test_integer_weights_come_back_without_gradients(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=10)
+    head = torch.randint(-127, 128, model.fc.weight.shape, dtype=torch.int8)
+    model.fc.weight = nn.Parameter(head, requires_grad=False)
+    save(model, tmp_path / "m")
+    loaded = load(tmp_path / "m")
+    assert_same_tensors(loaded.state_dict(), model.state_dict())
+    assert not loaded.fc.weight.requires_grad
+    assert loaded.conv1[0].weight.requires_grad
+
+
+def test_a_stream_is_in_the_order_of_a_dense_file(tmp_path: Path) -> None:
+    model = small_model()
+    model.half = nn.Linear(4, 4, dtype=torch.float16)
+    model.register_buffer("bits", torch.tensor([True, False]))
+    save(model, tmp_path / "m", pruner=FakePruner(model, {**PATTERNS, "half.weight": "1:2"}))
+    save_file(model.state_dict(), tmp_path / "theirs")
+    streamed = list(stream(tmp_path / "m"))
+    assert [name for name, _ in streamed] == tensor_order(tmp_path / "theirs")
+    assert_same_tensors(dict(streamed), model.state_dict())
+    assert list(read_manifest(tmp_path / "m").dense) == tensor_order(tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int8, torch.float8_e5m2])
+def test_packed_tensors_of_any_place_in_the_file(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Index before values, after them, or with other tensors in between."""
+    tensors = {name: torch.tensor([[1, 0, 1, 0], [0, 1, 1, 0]]).to(dtype) for name in "abc"}
+    pruner = FakePruner(nn.Module(), {})
+    pruner.targets = tuple(Entry(name, Pattern(2, 4)) for name in "ac")
+    pruner._masks = {name: tensors[name].view(torch.uint8) != 0 for name in "ac"}
+    save(Holder(tensors), tmp_path / "m", pruner=pruner)
+    assert_same_tensors(read(tmp_path / "m").tensors, tensors)
+
+
+def test_a_model_in_use_gets_nothing_of_a_damaged_file(tmp_path: Path) -> None:
+    small_checkpoint(tmp_path / "m")
+    content = bytearray((tmp_path / "m").read_bytes())
+    content[-1] ^= 1  # the last tensor
+    (tmp_path / "m").write_bytes(content)
+    model = small_model(seed=5)
+    with pytest.raises(CheckpointError, match="SHA-256"):
+        load(tmp_path / "m", model=model)
+    assert_same_tensors(model.state_dict(), small_model(seed=5).state_dict())
+    header, manifest, data = parts(bytes(content))
+    entry = header["conv.weight.nm_index"]["data_offsets"]
+    data[entry[0]] = 0xFF  # positions 3, 3: sound digests, but no encoding
+    (tmp_path / "m").write_bytes(sealed(header, manifest, data))
+    with pytest.raises(CheckpointError, match="keeps positions"):
+        load(tmp_path / "m", model=model)
+    assert_same_tensors(model.state_dict(), small_model(seed=5).state_dict())
+
+
+def test_a_model_without_memory_is_refused(tmp_path: Path) -> None:
+    small_checkpoint(tmp_path / "m")
+    with torch.device("meta"):
+        model = SmallNet()
+    with pytest.raises(ModelError, match="to_empty"):
+        load(tmp_path / "m", model=model)
+
+
+def test_a_file_cut_off_while_it_is_read(tmp_path: Path) -> None:
+    """An error, not a signal: files are read, not mapped."""
+    model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(400)))
+    save(model, tmp_path / "m")
+    tensors = stream(tmp_path / "m")
+    next(tensors)
+    os.truncate(tmp_path / "m", 1 << 20)
+    with pytest.raises(CheckpointError, match="cut off"):
+        list(tensors)
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "swin_tiny_patch4_window7_224"])
+def test_created_without_values_buffers_are_as_ever(name: str) -> None:
+    """Parameters come from the file; tables and the like, which no file holds, must be there."""
+    usual = timm.create_model(name)
+    state = torch.get_rng_state()
+    with uninitialised():
+        bare = timm.create_model(name)
+    assert torch.equal(torch.get_rng_state(), state), "a parameter was still filled with random numbers"
+    saved = set(usual.state_dict())
+    for key, buffer in usual.named_buffers():
+        if key not in saved:
+            assert torch.equal(dict(bare.named_buffers())[key], buffer)
+    assert {key: value.shape for key, value in bare.state_dict().items()} == {
+        key: value.shape for key, value in usual.state_dict().items()
+    }
+
+
+def test_e8m0_cannot_be_sparse(tmp_path: Path) -> None:
+    """Zero bytes are 2 ** -127 there."""
+    small_checkpoint(tmp_path / "m")
+    header, manifest, data = parts((tmp_path / "m").read_bytes())
+    manifest["sparse"]["fc1.weight"]["dtype"] = "F8_E8M0"
+    assert refused(tmp_path / "d", sealed(header, manifest, data))
+    with pytest.raises(CheckpointError, match="has no zero"):
+        read(tmp_path / "d")
+
+
 def test_no_such_file(tmp_path: Path) -> None:
     for call in (read, read_manifest, load, load_state):
         with pytest.raises(UsageError, match="no such file"):
@@ -535,6 +635,12 @@ def test_failing_writes_leave_the_previous_file(tmp_path: Path, monkeypatch: pyt
         assert [entry.name for entry in tmp_path.iterdir()] == ["m"]
 
 
+def test_a_head_that_is_known_last_takes_the_place_of_the_first_bytes(tmp_path: Path) -> None:
+    pieces = iter([b"....", b"rest"])
+    atomic_write_bytes(tmp_path / "f", pieces, head=lambda: b"head")
+    assert (tmp_path / "f").read_bytes() == b"headrest"
+
+
 def test_interrupted_writes_leave_nothing(tmp_path: Path) -> None:
     def chunks() -> Any:
         yield b"half"
@@ -610,7 +716,8 @@ def test_killed_while_saving_the_last_file_still_loads(tmp_path: Path) -> None:
 
 def test_manifest_and_files_load_no_torch() -> None:
     script = (
-        "import sys, lbc_cli.checkpoint.files, lbc_cli.checkpoint.container, lbc_cli.checkpoint.manifest\n"
+        "import sys, lbc_cli.checkpoint.files, lbc_cli.checkpoint.container, lbc_cli.checkpoint.contents\n"
+        "from lbc_cli.checkpoint import read_manifest\n"
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -26,14 +26,21 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("models", "data", "environment", "runs"),
     ("tasks", "optim", "checkpoint"),
     ("weights", "verifier"),
+    ("runtime",),
     ("engine",),
     ("training", "exports", "oneshot", "accuracy", "bench"),
     ("report",),
     ("cli",),
     ("__main__",),
 )
-# flops counts what targets finds; runs writes through checkpoint's atomic files.
-BESIDE = {("flops", "targets"), ("runs", "checkpoint"), ("checkpoint", "packing")}
+# flops counts what targets finds; runs writes through checkpoint's atomic files; accuracy measures what exports writes.
+BESIDE = {
+    ("flops", "targets"),
+    ("runs", "checkpoint"),
+    ("checkpoint", "packing"),
+    ("accuracy", "exports"),
+    ("accuracy", "training"),
+}
 
 
 def rank(part: str) -> int:

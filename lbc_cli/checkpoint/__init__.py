@@ -1,10 +1,11 @@
 """Checkpoints and run state: safetensors files with packed N:M tensors, a manifest and digests; no pickle.
 
     files         writes that leave the old content or the new
-    container     the canonical safetensors file
-    manifest      what a checkpoint says of itself (the specification of version 1)
+    container     the canonical safetensors file        output    writing it
+    manifest      what a checkpoint says of itself (the specification of version 1); read_manifest
     tensors       torch tensors <-> bytes
-    writer        save            reader    read_manifest, read, load
+    ahead         several tensors at once, within bounds
+    writer        save            reader    read, stream, load
     state         save_state, load_state
 
 The names load torch only when first used: `files` serves the command line before torch is there.
@@ -17,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lbc_cli.checkpoint.files import atomic_write_bytes, atomic_write_text
-    from lbc_cli.checkpoint.manifest import Manifest
-    from lbc_cli.checkpoint.reader import Checkpoint, load, read, read_manifest
+    from lbc_cli.checkpoint.manifest import Manifest, read_manifest
+    from lbc_cli.checkpoint.reader import Checkpoint, load, read, stream
     from lbc_cli.checkpoint.state import load_state, save_state
     from lbc_cli.checkpoint.writer import save
 
@@ -33,6 +34,7 @@ __all__ = [
     "read_manifest",
     "save",
     "save_state",
+    "stream",
 ]
 
 _HOME = {
@@ -43,9 +45,10 @@ _HOME = {
     "load": "reader",
     "load_state": "state",
     "read": "reader",
-    "read_manifest": "reader",
+    "read_manifest": "manifest",
     "save": "writer",
     "save_state": "state",
+    "stream": "reader",
 }
 
 

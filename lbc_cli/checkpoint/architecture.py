@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lbc_cli import models
 from lbc_cli.errors import UsageError
@@ -13,6 +14,31 @@ from lbc_cli.targets import unwrap
 
 Architecture = Mapping[str, Any]
 _MEMBERS = {"arch", "kwargs", "task"}
+
+
+# Ways to give a parameter its first values: torch's own, and what timm's truncated normal is made of.
+_FILLS: frozenset[Any] = frozenset(
+    [getattr(Tensor, name) for name in ["normal_", "uniform_", "erfinv_", "mul_", "add_", "clamp_", "fill_", "zero_"]]
+    + [getattr(nn.init, name) for name in ["normal_", "uniform_", "constant_", "kaiming_uniform_", "kaiming_normal_"]]
+)
+
+
+class uninitialised(TorchFunctionMode):  # noqa: N801 (a context manager, as torch spells its own)
+    """Within this context parameters are created without values, for a model whose tensors all come from a file.
+
+    Random numbers for a ViT-L take seconds, and touch all of its memory once more. Buffers get their values as ever, as
+    some are in no file; so do parameters that a model computes by other means.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Skip what would only fill a parameter."""
+        named = kwargs or {}
+        target = args[0] if args else named.get("tensor")
+        if func in _FILLS and isinstance(target, nn.Parameter):
+            return target
+        return func(*args, **named)
 
 
 def check_architecture(arch: Architecture) -> Architecture:

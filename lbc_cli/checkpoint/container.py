@@ -8,7 +8,8 @@
 Metadata keys are sorted; tensors come in safetensors' own order, the dtype of `DTYPES` descending, then the name. Every
 safetensors reader opens such a file. This reader is stricter: it accepts these bytes only and no other spelling of
 them, reads with plain file reads (a file that shrinks meanwhile is an error, not a signal), and never needs more memory
-than the header and the tensor at hand. Nothing here imports torch.
+than the header and the tensor at hand. On request it also takes the headers of other writers. Nothing here imports
+torch.
 """
 
 from __future__ import annotations
@@ -21,15 +22,16 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lbc_cli.checkpoint.files import Buffer, atomic_write_bytes
 from lbc_cli.errors import CheckpointError, UsageError
 
 MAX_HEADER_BYTES = 1 << 25  # 32 MiB: some 100,000 tensors; safetensors itself stops at 100 MB
 MAX_ELEMENTS = 1 << 36  # of a shape whose zeros count as ones: an empty tensor may not claim a huge one
 MAX_DIMENSIONS = 16
+_READ_BYTES = 1 << 30  # in one call; systems take no more than 2 GiB
 
 # Bytes per element. The order is safetensors' own (its Dtype enumeration), on which the order of tensors rests.
 DTYPES: dict[str, int] = {
@@ -37,7 +39,9 @@ DTYPES: dict[str, int] = {
     "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "C64": 8, "F64": 8, "I64": 8, "U64": 8,
 }  # fmt: skip
 _RANK = {dtype: rank for rank, dtype in enumerate(DTYPES)}
-_UNSAFE_NAME = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]|(?:^|[/\\])\.\.(?:[/\\]|$)|^[/\\]|^$|^__metadata__$")
+_UNSAFE_NAME = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]|(?:^|[/\\])\.\.(?:[/\\]|$)|^[/\\]|^$|^__metadata__$"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,12 @@ class Header:
     """In the order of the data."""
     data_start: int
     """Where the data begin in the file, in bytes."""
+
+    @property
+    def begins(self) -> dict[str, int]:
+        """Where each tensor begins in the file, in bytes."""
+        sizes = (info.num_bytes for info in self.tensors.values())
+        return dict(zip(self.tensors, accumulate(sizes, initial=self.data_start), strict=False))
 
 
 def canonical_json(value: Any) -> str:
@@ -126,43 +136,13 @@ def encode_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
     return len(text).to_bytes(8, "little") + text
 
 
-def write(
-    path: str | os.PathLike[str],
-    tensors: Mapping[str, TensorInfo],
-    metadata: Mapping[str, str],
-    data: Mapping[str, Buffer],
-) -> None:
-    """Write a container atomically.
+@contextmanager
+def opened(path: str | os.PathLike[str], *, canonical: bool = True) -> Iterator[tuple[BinaryIO, Header]]:
+    """Open a container and parse its header; the data can then be had from `tensor_data`.
 
     Args:
-        path: the file to write or replace.
-        tensors: dtype and shape of each tensor, in any order.
-        metadata: what to store under `__metadata__`.
-        data: the bytes of each tensor.
-
-    Raises:
-        OutputError: if the file cannot be written.
-        UsageError: for a name that a file may not hold, or a header above 32 MiB.
-    """
-    if unsafe := [name for name in tensors if _UNSAFE_NAME.search(name)]:
-        raise UsageError(f"a tensor cannot be called {unsafe[0]!r}: names hold no control characters and no paths")
-    header = encode_header(tensors, metadata)
-    if len(header) - 8 > MAX_HEADER_BYTES:
-        raise UsageError(f"{path}: the header would take {len(header)} bytes: at most {MAX_HEADER_BYTES} are allowed")
-    for name, info in tensors.items():
-        assert memoryview(data[name]).nbytes == info.num_bytes, name
-    atomic_write_bytes(path, _pieces(header, tensors, data))
-
-
-def _pieces(header: bytes, tensors: Mapping[str, TensorInfo], data: Mapping[str, Buffer]) -> Iterator[Buffer]:
-    yield header
-    for name in in_file_order(tensors):
-        yield data[name]
-
-
-@contextmanager
-def opened(path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, Header]]:
-    """Open a container and parse its header; the data can then be had from `tensor_data`.
+        path: the file.
+        canonical: False: take any sound safetensors header, whatever its spelling, order and metadata.
 
     Raises:
         UsageError: if there is no such file, or it cannot be opened.
@@ -173,7 +153,7 @@ def opened(path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, Header]]:
         raise UsageError(f"{target}: {'is not a file' if target.exists() else 'no such file'}")
     try:
         with target.open("rb") as file:
-            yield file, _read_header(file)
+            yield file, _read_header(file, canonical)
     except OSError as error:
         raise UsageError(f"{target}: cannot be read: {error.strerror or error}") from error
     except CheckpointError as error:
@@ -186,34 +166,48 @@ def tensor_data(file: BinaryIO, header: Header) -> Iterator[tuple[str, TensorInf
     Raises:
         CheckpointError: if the file ends early.
     """
-    file.seek(header.data_start)
+    begins = header.begins
     for name, info in header.tensors.items():
-        yield name, info, _read(file, info.num_bytes, f"tensor {name}")
+        yield name, info, read_at(file, begins[name], info.num_bytes, f"tensor {name}")
 
 
-def _read(file: BinaryIO, size: int, what: str) -> bytearray:
+def read_at(file: BinaryIO, begin: int, size: int, what: str) -> bytearray:
+    """Read part of a file; several threads may do so at once.
+
+    Args:
+        file: from `opened`.
+        begin: first byte.
+        size: number of bytes.
+        what: how to call them in the message.
+
+    Raises:
+        CheckpointError: if the file ends before.
+    """
     buffer = bytearray(size)
     rest = memoryview(buffer)
     while rest:
-        count = file.readinto(rest)  # type: ignore[attr-defined]
+        count = os.preadv(file.fileno(), [rest[:_READ_BYTES]], begin + size - len(rest))
         if not count:
             raise CheckpointError(f"{what} is cut off: {len(rest)} of {size} bytes are missing")
         rest = rest[count:]
     return buffer
 
 
-def _read_header(file: BinaryIO) -> Header:
+def _read_header(file: BinaryIO, canonical: bool) -> Header:
     size = os.fstat(file.fileno()).st_size
     if size < 8:
         raise CheckpointError(f"has {size} bytes: too short for a safetensors file")
-    length = int.from_bytes(_read(file, 8, "the header's length"), "little")
+    length = int.from_bytes(read_at(file, 0, 8, "the header's length"), "little")
     if length > min(MAX_HEADER_BYTES, size - 8):
         raise CheckpointError(
             f"claims a header of {length} bytes: the file has {size}, and at most {MAX_HEADER_BYTES} are read"
         )
-    raw = bytes(_read(file, length, "the header"))
-    header = _parse_header(parse_json(raw, "the header"), 8 + length)
-    if encode_header(header.tensors, header.metadata)[8:] != raw:
+    raw = bytes(read_at(file, 8, length, "the header"))
+    parsed = parse_json(raw, "the header")
+    header = _parse_header(parsed, 8 + length, canonical)
+    if not canonical:
+        _check_offsets(header, parsed)
+    elif encode_header(header.tensors, header.metadata)[8:] != raw:
         raise CheckpointError("the header is not in canonical form (order, spacing, offsets or padding)")
     end = header.data_start + sum(info.num_bytes for info in header.tensors.values())
     if end != size:
@@ -221,14 +215,32 @@ def _read_header(file: BinaryIO) -> Header:
     return header
 
 
-def _parse_header(parsed: Any, data_start: int) -> Header:
+def _parse_header(parsed: Any, data_start: int, canonical: bool) -> Header:
     if not isinstance(parsed, dict):
         raise CheckpointError("the header is not a JSON object")
     entries = dict(parsed)
-    metadata = entries.pop("__metadata__", None)
+    metadata = entries.pop("__metadata__", None if canonical else {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError("the header has no __metadata__ of strings: not a file of lbc")
-    return Header(metadata, {name: _parse_entry(name, entry) for name, entry in entries.items()}, data_start)
+    tensors = {name: _parse_entry(name, entry) for name, entry in entries.items()}
+    if not canonical:
+        tensors = {name: tensors[name] for name in sorted(tensors, key=lambda name: _offsets(name, entries[name]))}
+    return Header(metadata, tensors, data_start)
+
+
+def _offsets(name: str, entry: Mapping[str, Any]) -> list[int]:
+    offsets = entry["data_offsets"]
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(at) is int for at in offsets):
+        raise CheckpointError(f"tensor {name}: data_offsets are not two numbers")
+    return offsets
+
+
+def _check_offsets(header: Header, entries: Mapping[str, Any]) -> None:
+    """Tensors must follow one another without gaps and be as long as dtype and shape say."""
+    for name, begin in header.begins.items():
+        expected = [begin - header.data_start, begin - header.data_start + header.tensors[name].num_bytes]
+        if entries[name]["data_offsets"] != expected:
+            raise CheckpointError(f"tensor {name} has the offsets {entries[name]['data_offsets']}: needs {expected}")
 
 
 def _parse_entry(name: str, entry: Any) -> TensorInfo:
@@ -238,6 +250,16 @@ def _parse_entry(name: str, entry: Any) -> TensorInfo:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"tensor {name}: the header needs exactly dtype, shape and data_offsets")
     return TensorInfo(check_dtype(entry["dtype"], name), check_shape(entry["shape"], name))
+
+
+def check_name(name: str) -> None:
+    """Check a tensor's name that is about to be written.
+
+    Raises:
+        UsageError: if a file may not hold it.
+    """
+    if _UNSAFE_NAME.search(name):
+        raise UsageError(f"a tensor cannot be called {name!r}: names hold no control characters and no paths")
 
 
 def check_dtype(dtype: Any, name: str) -> str:

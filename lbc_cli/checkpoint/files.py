@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from lbc_cli.errors import OutputError
@@ -19,12 +19,15 @@ Buffer = bytes | bytearray | memoryview
 _WRITE_BYTES = 1 << 24
 
 
-def atomic_write_bytes(path: str | os.PathLike[str], content: Buffer | Iterable[Buffer]) -> None:
+def atomic_write_bytes(
+    path: str | os.PathLike[str], content: Buffer | Iterable[Buffer], *, head: Callable[[], Buffer] | None = None
+) -> None:
     """Write a file, replacing what was there only once the new content is safe on the disk.
 
     Args:
         path: the file; its folder must exist. A symbolic link stays, and what it points at is replaced.
         content: the bytes, at once or one piece after the other.
+        head: called when all of them are written; what it returns takes the place of the file's first bytes.
 
     Raises:
         OutputError: if it cannot be written; a previous file is then as it was.
@@ -34,7 +37,7 @@ def atomic_write_bytes(path: str | os.PathLike[str], content: Buffer | Iterable[
     try:
         final = target.resolve()
         remove_stale(final)
-        _write_and_rename(final, pieces)
+        _write_and_rename(final, pieces, head)
     except OSError as error:
         raise OutputError(
             f"{target}: cannot be written: {error.strerror or error}; a file that was there is unchanged"
@@ -81,13 +84,16 @@ def _is_another_running(pid: int) -> bool:
     return True
 
 
-def _write_and_rename(final: Path, chunks: Iterable[Buffer]) -> None:
+def _write_and_rename(final: Path, chunks: Iterable[Buffer], head: Callable[[], Buffer] | None) -> None:
     temporary = final.with_name(f".{final.name}.lbc-tmp-{os.getpid()}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
         try:
             for chunk in chunks:
                 _write_all(descriptor, chunk)
+            if head is not None:
+                os.lseek(descriptor, 0, os.SEEK_SET)
+                _write_all(descriptor, head())
             os.fsync(descriptor)
         finally:
             os.close(descriptor)

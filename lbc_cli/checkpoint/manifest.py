@@ -16,6 +16,7 @@
       metrics       {...}; a number that is not finite is the string "NaN", "Infinity" or "-Infinity"
       recipe        the resolved recipe as TOML, "" if none
       environment   {...}: versions and hardware; no paths, hosts or users
+                    (nothing in the manifest is nested deeper than 64 levels)
     lbc.sha256    SHA-256 of the `lbc` string in UTF-8, lower-case hex
 
 Dtypes are in safetensors' spelling. Nothing in it selects code to run. Nothing here imports torch.
@@ -25,6 +26,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -37,6 +39,8 @@ from lbc_cli.checkpoint.container import (
     check_dtype,
     check_metadata_keys,
     check_shape,
+    in_file_order,
+    opened,
     parse_json,
 )
 from lbc_cli.errors import CheckpointError
@@ -45,9 +49,10 @@ VERSION = 1
 VALUES, INDEX = ".nm_values", ".nm_index"
 PHASES = ("final", "training")
 _METADATA = ("format", "lbc", "lbc.sha256")
-_PATTERN = re.compile(r"([1-9]\d?):([1-9]\d?)")
+_PATTERN = re.compile("([1-9][0-9]?):([1-9][0-9]?)")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _MAX_M = 32
+_MAX_DEPTH = 64  # beyond some hundreds, JSON can be parsed and not printed, or only where the stack is short
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +111,23 @@ class Manifest:
         parts = {name + part for name in self.sparse for part in (VALUES, INDEX)}
         return sorted((set(self.tensors) - parts) | set(self.sparse))
 
+    @property
+    def dense(self) -> dict[str, TensorInfo]:
+        """The model's tensors as they are when all are dense, in the order in which safetensors would store them."""
+        infos = {name: entry.info for name, entry in self.tensors.items()}
+        for name, entry in self.sparse.items():
+            del infos[name + VALUES], infos[name + INDEX]
+            infos[name] = TensorInfo(entry.dtype, entry.shape)
+        return {name: infos[name] for name in in_file_order(infos)}
+
     def to_json(self) -> str:
         """The canonical JSON of the `lbc` key.
 
         Raises:
             ValueError, TypeError: if `kwargs` or `metrics` hold what JSON cannot.
+            CheckpointError: if they are nested too deep.
         """
+        check_depth([[self.kwargs], self.metrics, self.environment])  # the nesting they have in the manifest
         return canonical_json(
             {
                 "version": VERSION,
@@ -174,11 +190,24 @@ def check_digest(metadata: Mapping[str, str], key: str, digest_key: str) -> Any:
     parsed = parse_json(text, f"the {key} metadata")
     try:
         canonical = canonical_json(parsed) == text
-    except ValueError:
+    except (ValueError, RecursionError):
         canonical = False
     if not canonical:
         raise CheckpointError(f"the {key} metadata is not in canonical form (compact JSON, sorted keys)")
     return parsed
+
+
+def read_manifest(path: str | os.PathLike[str]) -> Manifest:
+    """Read what a checkpoint says of itself, without its tensors.
+
+    The digest of the manifest is checked, those of the tensors are not.
+
+    Raises:
+        UsageError: if there is no such file.
+        CheckpointError: if the header is damaged or not canonical.
+    """
+    with opened(path) as (_, header):
+        return parse_manifest(header)
 
 
 def parse_manifest(header: Header) -> Manifest:
@@ -189,6 +218,7 @@ def parse_manifest(header: Header) -> Manifest:
     """
     check_metadata_keys(header.metadata, _METADATA, "a checkpoint of lbc")
     parsed = check_digest(header.metadata, "lbc", "lbc.sha256")
+    check_depth(parsed)
     if isinstance(parsed, dict) and parsed.get("version") != VERSION:
         raise CheckpointError(
             f"is a checkpoint of version {str(parsed.get('version'))[:20]}: this lbc reads {VERSION}; update lbc"
@@ -268,7 +298,30 @@ def _sparse(name: str, entry: Any) -> Sparse:
         raise CheckpointError(
             f"tensor {name}: shape {list(shape)} does not divide into groups of {n}:{m}, V = {vector}"
         )
+    if members["dtype"] == "F8_E8M0":
+        raise CheckpointError(f"tensor {name}: F8_E8M0 has no zero: it cannot be sparse")
+    if members["dtype"] == "F8_E8M0":
+        raise CheckpointError(f"tensor {name} is F8_E8M0, which has no zero: it cannot be sparse")
     return Sparse(n, m, vector, shape, check_dtype(members["dtype"], name))
+
+
+def check_depth(value: Any) -> None:
+    """Check that JSON is not nested deeper than a manifest may be.
+
+    Raises:
+        CheckpointError: if it is.
+    """
+    level = [value]
+    for _ in range(_MAX_DEPTH + 1):
+        level = [inner for entry in level for inner in _inside(entry)]
+    if level:
+        raise CheckpointError(f"the manifest is nested deeper than {_MAX_DEPTH} levels")
+
+
+def _inside(value: Any) -> list[Any]:
+    if isinstance(value, Mapping):
+        return list(value.values())
+    return list(value) if isinstance(value, list | tuple) else []
 
 
 def check_consistency(manifest: Manifest, found: Mapping[str, TensorInfo]) -> None:
@@ -292,7 +345,7 @@ def check_consistency(manifest: Manifest, found: Mapping[str, TensorInfo]) -> No
     _check_sparse(manifest, found)
     for name, count in manifest.unstructured.items():
         dense = found.get(name)
-        if dense is None or not 0 <= count <= math.prod(dense.shape):
+        if dense is None or name.endswith((VALUES, INDEX)) or not 0 <= count <= math.prod(dense.shape):
             raise CheckpointError(
                 f"unstructured tensor {name} with {count} non-zeros: no such dense tensor can be there"
             )

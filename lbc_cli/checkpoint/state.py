@@ -27,9 +27,9 @@ from lbc_cli.checkpoint.container import (
     check_metadata_keys,
     opened,
     tensor_data,
-    write,
 )
 from lbc_cli.checkpoint.manifest import check_digest, sha256
+from lbc_cli.checkpoint.output import write_digested
 from lbc_cli.checkpoint.tensors import describe, from_bytes, to_bytes
 from lbc_cli.errors import CheckpointError, UsageError
 
@@ -53,13 +53,16 @@ def save_state(path: str | os.PathLike[str], state: Any) -> None:
     tensors: dict[str, Tensor] = {}
     skeleton = _encode(state, tensors, "state", 0)
     infos = {name: describe(tensor, name) for name, tensor in tensors.items()}
-    data = {name: to_bytes(tensor) for name, tensor in tensors.items()}
-    entries = {
-        name: {"dtype": info.dtype, "shape": list(info.shape), "sha256": sha256(data[name])}
-        for name, info in infos.items()
-    }
-    text = canonical_json({"version": VERSION, "state": skeleton, "tensors": entries})
-    write(path, infos, {"format": "pt", "lbc.state": text, "lbc.state.sha256": sha256(text.encode())}, data)
+
+    def metadata(digests: Mapping[str, str]) -> dict[str, str]:
+        entries = {
+            name: {"dtype": info.dtype, "shape": list(info.shape), "sha256": digests[name]}
+            for name, info in infos.items()
+        }
+        text = canonical_json({"version": VERSION, "state": skeleton, "tensors": entries})
+        return {"format": "pt", "lbc.state": text, "lbc.state.sha256": sha256(text.encode())}
+
+    write_digested(path, infos, metadata, lambda name: to_bytes(tensors[name]))
 
 
 def load_state(path: str | os.PathLike[str]) -> Any:

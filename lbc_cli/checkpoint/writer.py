@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lbc_cli.checkpoint.architecture import Architecture, check_architecture, describe_architecture
-from lbc_cli.checkpoint.container import TensorInfo, write
+from lbc_cli.checkpoint.container import TensorInfo
 from lbc_cli.checkpoint.files import Buffer
-from lbc_cli.checkpoint.manifest import INDEX, VALUES, Manifest, Sparse, Stored, check_consistency, sha256
+from lbc_cli.checkpoint.manifest import INDEX, VALUES, Manifest, Sparse, Stored, check_consistency
+from lbc_cli.checkpoint.output import write_digested
 from lbc_cli.checkpoint.tensors import describe, to_bytes
 from lbc_cli.errors import CheckpointError, OutputError, PatternError, UsageError, VerificationError
 from lbc_cli.packing import pack
@@ -45,34 +47,57 @@ class PrunerLike(Protocol):
         """Within it the model carries the weights to ship."""
 
 
-@dataclass(slots=True)
 class _Content:
-    """The tensors of a file, as they are gathered."""
+    """The tensors of a file, made when they are asked for.
 
-    stored: dict[str, Stored] = field(default_factory=dict)
-    data: dict[str, Buffer] = field(default_factory=dict)
-    sparse: dict[str, Sparse] = field(default_factory=dict)
+    Args:
+        state: what to store, dense.
+        patterns: name -> pattern of those that are stored packed.
+        masks: name -> bool mask of the kept weights of these.
+    """
 
-    def add(self, name: str, tensor: Tensor) -> TensorInfo:
-        """Take a tensor as it is."""
-        info, data = describe(tensor, name), to_bytes(tensor)
-        self.stored[name], self.data[name] = Stored(info, sha256(data)), data
-        return info
+    def __init__(
+        self, state: Mapping[str, Tensor], patterns: Mapping[str, Pattern], masks: Mapping[str, Tensor]
+    ) -> None:
+        self._state, self._patterns, self._masks = state, patterns, masks
+        self.sparse: dict[str, Sparse] = {}
+        self.infos: dict[str, TensorInfo] = {}
+        self._owners: dict[str, str] = {}
+        for name, tensor in state.items():
+            self._add(name, describe(tensor, name), patterns.get(name))
+        self._locks = {name: Lock() for name in self.sparse}
+        self._made: dict[str, Tensor] = {}
 
-    def add_packed(self, name: str, tensor: Tensor, pattern: Pattern, mask: Tensor) -> None:
-        """Take a tensor packed.
+    def _add(self, name: str, info: TensorInfo, pattern: Pattern | None) -> None:
+        if pattern is None:
+            self.infos[name] = info
+            return
+        self.sparse[name] = Sparse(pattern.n, pattern.m, pattern.vector, info.shape, info.dtype)
+        for part, stored in zip((VALUES, INDEX), self.sparse[name].stored(), strict=True):
+            self.infos[name + part] = stored
+            self._owners[name + part] = name
+
+    def data(self, stored: str) -> Buffer:
+        """The bytes of one tensor of the file; each can be had once, from any thread.
 
         Raises:
-            VerificationError: if it does not hold the pattern under its mask.
+            VerificationError: if a tensor does not hold its pattern under its mask.
         """
-        info = describe(tensor, name)
+        name = self._owners.get(stored)
+        if name is None:
+            return to_bytes(self._state[stored])
+        with self._locks[name]:
+            if stored not in self._made:
+                self._pack(name)
+            return to_bytes(self._made.pop(stored))
+
+    def _pack(self, name: str) -> None:
+        """Both parts; the other one waits for its turn. An index is a small part of its tensor."""
         try:
-            packed = pack(tensor, pattern, mask, name)
+            packed = pack(self._state[name], self._patterns[name], self._masks[name], name)
         except PatternError as error:
             raise VerificationError(f"{error}; nothing was saved") from error
-        self.add(name + VALUES, packed.values)
-        self.add(name + INDEX, packed.index)
-        self.sparse[name] = Sparse(pattern.n, pattern.m, pattern.vector, info.shape, info.dtype)
+        self._made[name + VALUES], self._made[name + INDEX] = packed.values, packed.index
 
 
 def save(
@@ -112,14 +137,14 @@ def save(
     described = describe_architecture(model) if arch is None else check_architecture(arch)
     deployed = contextlib.nullcontext() if pruner is None or tensors is not None else pruner.deployed()
     with torch.no_grad(), deployed:
-        content = _gather(_state(model, tensors), pruner)
+        state = _state(model, tensors)
+        content = _Content(state, *_plan(state, pruner))
         manifest = Manifest(
             arch=described["arch"],
             kwargs=described["kwargs"],
             task=described["task"],
             sparse=content.sparse,
-            unstructured=_count(unstructured, _state(model, tensors)),
-            tensors=content.stored,
+            unstructured=_count(unstructured, state),
             method="dense" if pruner is None else str(pruner.method),
             phase="final" if pruner is None else pruner.phase,
             epoch=pruner.epoch if epoch is None and pruner is not None else epoch,
@@ -128,23 +153,41 @@ def save(
             environment=environment(),
         )
         _check_free(path, overwrite)
-        write_checkpoint(path, manifest, content.data)
+        _write(path, manifest, content.infos, content.data)
 
 
 def write_checkpoint(path: str | os.PathLike[str], manifest: Manifest, data: Mapping[str, Buffer]) -> None:
     """Write a checkpoint from its manifest and the bytes of its stored tensors.
 
+    Args:
+        path: the file to write or replace.
+        manifest: describes every stored tensor; its digests are computed anew.
+        data: stored name -> bytes.
+
     Raises:
         OutputError: if the file cannot be written.
         UsageError: if the manifest holds what JSON cannot, or contradicts itself.
     """
-    infos = {name: entry.info for name, entry in manifest.tensors.items()}
+    _write(path, manifest, {name: entry.info for name, entry in manifest.tensors.items()}, data.__getitem__)
+
+
+def _write(
+    path: str | os.PathLike[str],
+    manifest: Manifest,
+    infos: Mapping[str, TensorInfo],
+    data: Callable[[str], Buffer],
+) -> None:
+    def metadata(digests: Mapping[str, str]) -> dict[str, str]:
+        stored = {name: Stored(info, digests[name]) for name, info in infos.items()}
+        return replace(manifest, tensors=stored).to_metadata()
+
     try:
-        check_consistency(manifest, infos)
-        metadata = manifest.to_metadata()
+        blank = dict.fromkeys(infos, "0" * 64)
+        check_consistency(replace(manifest, tensors={name: Stored(info, "") for name, info in infos.items()}), infos)
+        metadata(blank)
     except (CheckpointError, TypeError, ValueError) as error:
         raise UsageError(f"{path}: this model cannot be saved: {error}") from error
-    write(path, infos, metadata, data)
+    write_digested(path, infos, metadata, data)
 
 
 def environment() -> dict[str, Any]:
@@ -176,21 +219,15 @@ def _state(model: nn.Module, tensors: Mapping[str, Tensor] | None) -> dict[str, 
     return own
 
 
-def _gather(state: Mapping[str, Tensor], pruner: PrunerLike | None) -> _Content:
-    content = _Content()
-    patterns: dict[str, Pattern] = {}
-    masks: dict[str, Tensor] = {}
-    if pruner is not None and pruner.phase == "final":
-        patterns = {clean_name(target.name): target.pattern for target in pruner.targets}
-        masks = {clean_name(name): mask for name, mask in pruner.masks().items()} if patterns else {}
+def _plan(state: Mapping[str, Tensor], pruner: PrunerLike | None) -> tuple[dict[str, Pattern], dict[str, Tensor]]:
+    """Patterns and masks of the tensors to pack, by name."""
+    if pruner is None or pruner.phase != "final":
+        return {}, {}
+    patterns = {clean_name(target.name): target.pattern for target in pruner.targets}
+    masks = {clean_name(name): mask for name, mask in pruner.masks().items()} if patterns else {}
     if missing := sorted(set(patterns) - (set(state) & set(masks))):
         raise UsageError(f"{missing[0]} is a target of the pruner, but not in the model: is it another model's pruner?")
-    for name, tensor in state.items():
-        if name in patterns:
-            content.add_packed(name, tensor, patterns[name], masks[name])
-        else:
-            content.add(name, tensor)
-    return content
+    return patterns, masks
 
 
 def _count(names: Collection[str], state: Mapping[str, Tensor]) -> dict[str, int]:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-SIZES = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1, "I64": 8, "F64": 8}
-ORDER = ["I64", "F64", "F32", "BF16", "F16", "I8", "U8"]
+SIZES = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1, "I64": 8, "F64": 8, "F8_E4M3": 1, "F8_E5M2": 1}
+ORDER = ["I64", "F64", "F32", "BF16", "F16", "F8_E4M3", "F8_E5M2", "I8", "U8"]
 
 
 @dataclass
