@@ -263,6 +263,10 @@ def test_what_cannot_be_stored(tmp_path: Path) -> None:
         save(Holder({"w": torch.zeros(2, device="meta")}), tmp_path / "m")
     with pytest.raises(UsageError, match="reserved"):
         save(Holder({"w.nm_index": torch.zeros(2)}), tmp_path / "m")
+    pruner = FakePruner(nn.Module(), {})
+    pruner.targets, pruner._masks = (Entry("w", Pattern(2, 4)),), {"w": torch.ones(1, 4) > 2}
+    with pytest.raises(UsageError, match="reserved"):
+        save(Holder({"w": torch.zeros(1, 4), "w.nm_index": torch.zeros(2)}), tmp_path / "m", pruner=pruner)
     with pytest.raises(UsageError, match="called"):
         save(Holder({"../w": torch.zeros(2)}), tmp_path / "m")
     with pytest.raises(UsageError, match="does not describe"):

@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
+from safetensors.torch import save_file
 
 from lbc_cli.errors import CheckpointError
 from lbc_cli.verifier import Report, onnx_file, protobuf, verify
@@ -240,6 +242,22 @@ def test_bodies_functions_and_constants(tmp_path: Path) -> None:
     assert verify(path, pattern="2:4").ok
     with pytest.raises(CheckpointError, match="two graphs of the file have a tensor called w"):
         list(onnx_contents(path))
+
+
+def test_further_names_are_compared_too(tmp_path: Path) -> None:
+    """Exporters keep one initializer of several that are shared, or just equal, and alias the others."""
+    nodes = [
+        NODE("Identity", ["a.weight"], ["b.weight"]),
+        NODE("MatMul", ["x", "a.weight"], ["h"]),
+        NODE("MatMul", ["h", "b.weight"], ["y"]),
+    ]
+    path = write(tmp_path / "m.onnx", graph(nodes, {"a.weight": SQUARE.T}))
+    found = {content.name: (content.weight, b"".join(content.chunks())) for content in onnx_contents(path)}
+    assert found == {"a.weight": (True, SQUARE.tobytes()), "b.weight": (False, SQUARE.tobytes())}
+    both = {name: torch.from_numpy(SQUARE) for name in ("a.weight", "b.weight")}
+    save_file({name: tensor.clone() for name, tensor in both.items()}, tmp_path / "m.safetensors")
+    assert verify(path, pattern="2:4", against=tmp_path / "m.safetensors").ok
+    assert [layer.name for layer in verify(path, pattern="2:4").layers] == ["a.weight"]
 
 
 # How tensors are spelled.
@@ -522,7 +540,7 @@ def test_damage_is_a_finding_and_what_is_accepted_is_what_the_onnx_package_reads
     """Both readings, which share no code, agree on every file that both accept."""
     content, path = sound(tmp_path / "m.onnx"), tmp_path / "m.onnx"
     refused = agreed = 0
-    for bad in damaged(content, 21, 2000):
+    for bad in damaged(content, 21, 1200):
         path.write_bytes(bad)
         report = verify(path, values_only=True)
         refused += "file" in rules(report)
@@ -538,13 +556,13 @@ def test_damage_is_a_finding_and_what_is_accepted_is_what_the_onnx_package_reads
             if theirs[name].dtype.kind in "iuf":
                 assert ours[name] == (theirs[name].shape, theirs[name].tobytes())
                 agreed += 1
-    assert refused > 900
-    assert agreed > 400
+    assert refused > 500
+    assert agreed > 250
 
 
-def test_every_truncation_is_found(tmp_path: Path) -> None:
+def test_truncations_are_found(tmp_path: Path) -> None:
     content, path = sound(tmp_path / "m.onnx"), tmp_path / "m.onnx"
-    for end in range(len(content)):
+    for end in [*range(0, len(content), 4), len(content) - 1]:
         path.write_bytes(content[:end])
         assert not verify(path, pattern="2:4").ok
 

@@ -7,7 +7,8 @@
       version       1
       model         {"arch": timm name or null, "kwargs": {...}, "task": string or null}
       sparse        {T: {"pattern": "2:4", "vector": 1, "shape": [...], "dtype": "F32"}}: tensors stored as T.nm_values
-                    and T.nm_index (layout: `lbc_cli.packing`); every other tensor stands under its own name
+                    and T.nm_index (layout: `lbc_cli.packing`); every other tensor stands under its own name.
+                    Any dtype but F8_E8M0, which has no zero
       unstructured  {T: number of non-zeros}: dense tensors that were pruned without a pattern
       tensors       {stored name: {"dtype", "shape", "sha256"}}, every tensor of the file, digest of its bytes in hex
       method        name of the method, "dense" if none

@@ -69,6 +69,8 @@ class _Content:
         self._made: dict[str, Tensor] = {}
 
     def _add(self, name: str, info: TensorInfo, pattern: Pattern | None) -> None:
+        if name.endswith((VALUES, INDEX)):
+            raise UsageError(f"tensor {name} cannot be saved: the endings {VALUES} and {INDEX} are reserved")
         if pattern is None:
             self.infos[name] = info
             return

@@ -1,6 +1,6 @@
 """The ways to execute a sparse layer, under one contract; a kernel of a new kind is one class and a line in EXECUTORS.
 
-A variant is a way by name: "cutlass", "cusparselt:im2col", "vector". Which one is best is a matter of measurement.
+A variant is a way by name: "cutlass", "cusparselt:im2col", "vector:channels-first". Which is best is for measurement.
 """
 
 from __future__ import annotations

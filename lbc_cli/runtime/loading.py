@@ -44,8 +44,9 @@ def load(
     Args:
         path: a checkpoint, or any other file of weights (then with `model`).
         model: the model to fill, or its timm name; None: the one that the file names.
-        runtime: None: dense tensors, bit for bit. "semi-structured": 2:4 on sparse tensor cores. "reference": the
-            same modules on any device, decoded at every call: for tests, not for speed.
+        runtime: None: dense tensors, bit for bit. "semi-structured": 2:4 on sparse tensor cores. "vector":
+            vector-wise N:M (V = 64, 128) on ordinary tensor cores. "reference" and "vector-reference": the same
+            modules on any device, for tests, not for speed.
         device: where the model goes.
         dtype: of weights and activations; None: the file's.
         backend: of the runtime: "cutlass" or "cusparselt"; None: the first that runs here, cuSPARSELt before CUTLASS.

@@ -117,7 +117,7 @@ def tune(
         ways, _ = ways_of(layer, executors)
         if not ways:
             continue
-        same = (layer.shape, layer.inputs, tuple(ways), _settings(layer.module))
+        same = (layer.shape, layer.pattern, layer.inputs, tuple(ways), _settings(layer.module))
         if same not in known:  # layers of one shape take one time: a ViT has four
             known[same] = time_layer(layer, ways, batch, dtype, device, rounds, seconds)
         taken[layer.name] = known[same]
