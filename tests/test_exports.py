@@ -234,7 +234,7 @@ def test_a_weight_that_a_dtype_cannot_hold_is_refused_and_small_ones_are_counted
     model.weight.data[0, 0] = 1.0
     checkpoint.save(model, tmp_path / "n.safetensors")
     (note,) = _cast_notes(tmp_path / "n.safetensors")
-    assert note.startswith("weights rounded from float32 to float16: they change by up to ")
+    assert note.startswith("tensors rounded from float32 to float16: the largest change is ")
     assert note.endswith("; 1 of them became 0")
 
 

@@ -57,7 +57,7 @@ def test_against_and_model(tmp_path: Path) -> None:
     result = lbc(tmp_path / "d", "--against", tmp_path / "m")
     assert result.exit_code == 0
     assert f"equal tensors {len(tensors)} of {len(tensors)} in both" in rows(result)
-    assert rows(result)[-1] == "ok: no layer is sparse"
+    assert rows(result)[-1] == "ok: no layer claims a pattern"
     parsed = json.loads(lbc(tmp_path / "d", "--against", tmp_path / "m", "--json").stdout)
     assert set(parsed["against"]) == {
         *("path", "kind", "tensors", "equal", "rounded"),

@@ -27,13 +27,15 @@ class Caster:
         dtype: what to round to; None: nothing is touched.
         sources: dtypes that were rounded or widened.
         zeroed: weights that were not zero and became it.
-        largest: the largest change of a weight.
+        largest: the largest change of a number.
+        value: the number that changed so.
     """
 
     dtype: torch.dtype | None
     sources: set[str] = field(default_factory=set)
     zeroed: int = 0
     largest: float = 0.0
+    value: float = 0.0
 
     @classmethod
     def to(cls, name: str | None) -> Caster:
@@ -70,7 +72,9 @@ class Caster:
             _refuse_overflow(name, wide, after)
             change = change.nan_to_num(0.0)  # NaN and infinities stay what they were
         self.zeroed += int(wide.count_nonzero() - back.count_nonzero())
-        self.largest = max(self.largest, float(change.max()))
+        at = change.reshape(-1).argmax()
+        if float(change.reshape(-1)[at]) > self.largest:
+            self.largest, self.value = float(change.reshape(-1)[at]), float(wide.reshape(-1)[at])
 
     def notes(self) -> tuple[str, ...]:
         """What the user should know of it; nothing if no weight changed."""
@@ -79,7 +83,8 @@ class Caster:
         sources = " and ".join(sorted(self.sources))
         zeroed = f"; {self.zeroed} of them became 0" if self.zeroed else ""
         return (
-            f"weights rounded from {sources} to {_short(self.dtype)}: they change by up to {self.largest:.3g}{zeroed}",
+            f"tensors rounded from {sources} to {_short(self.dtype)}: the largest change is {self.largest:.3g}, of "
+            f"{self.value:.6g}{zeroed}",
         )
 
 

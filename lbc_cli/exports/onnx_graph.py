@@ -13,6 +13,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,7 +83,8 @@ def trace(model: nn.Module, shape: Shape) -> ONNXProgram:
             _name_shared(program, model)
     except Exception as error:
         raise UsageError(
-            f"torch {torch.__version__} cannot express this model in ONNX with a batch of any size: {_cause(error)}"
+            f"torch {torch.__version__} with onnxscript {metadata.version('onnxscript')} cannot express this model in "
+            f"ONNX with a batch of any size: {_cause(error)}"
         ) from error
     return program
 

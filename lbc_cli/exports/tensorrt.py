@@ -36,13 +36,13 @@ def fit(weight: Tensor, groups: int = 1) -> Fit:
         groups: of the convolution.
     """
     if groups != 1:
-        return Fit(False, "grouped convolution: TensorRT runs it dense")
+        return Fit(False, "grouped convolution: dense in TensorRT")
     if weight.shape[1] % 4:
-        return Fit(False, "input channels not a multiple of 4: TensorRT's sparse tactics need 2:4")
+        return Fit(False, "input channels not a multiple of 4: dense in TensorRT")
     if not holds(weight, Pattern(2, 4)):
-        return Fit(False, "more than 2 weights in some 4 input channels: TensorRT's sparse tactics need 2:4")
+        return Fit(False, "not 2:4: dense in TensorRT")
     few = weight.shape[1] < FEW_CHANNELS
-    return Fit(True, f"fewer than {FEW_CHANNELS} input channels: TensorRT's sparse tactics seldom pay" if few else "")
+    return Fit(True, f"fewer than {FEW_CHANNELS} input channels: seldom pays in TensorRT" if few else "")
 
 
 def notes(fits: Sequence[Fit], file: str, shape: tuple[int, int, int], *, half: bool) -> tuple[str, ...]:
@@ -57,9 +57,8 @@ def notes(fits: Sequence[Fit], file: str, shape: tuple[int, int, int], *, half: 
     possible = [found for found in fits if found.possible]
     few = sum(bool(found.why) for found in possible)
     seldom = f", though in {few} of them they seldom pay (fewer than {FEW_CHANNELS} input channels)" if few else ""
-    told = [
-        f"TensorRT's sparse tactics can apply to {len(possible)} of {len(fits)} sparse layers{seldom}; it was not run"
-    ]
+    applies = f"TensorRT's sparse tactics can apply to {len(possible)} of {len(fits)} sparse layers"
+    told = [f"{applies}{seldom}; TensorRT was not run"]
     if possible:
         told.append(command(file, shape, half=half))
         if not half:

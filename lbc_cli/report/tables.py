@@ -221,7 +221,8 @@ def format_verdict(verified: bool | None, findings: Sequence[str], layers: int) 
     if verified is None:
         last, style = "not verified", "yellow"
     elif verified:
-        last, style = f"ok: {plural(layers, 'sparse layer')} verified" if layers else "ok: no layer is sparse", "green"
+        last = f"ok: {plural(layers, 'sparse layer')} verified" if layers else "ok: no layer claims a pattern"
+        style = "green"
     else:
         last, style = f"violations: {plural(len(findings), 'finding')}", "red"
     lines = [f"  {one_line(finding)}\n" for finding in findings]
