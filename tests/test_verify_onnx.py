@@ -403,18 +403,18 @@ def test_external_data_elsewhere_are_refused(name: str, tmp_path: Path) -> None:
 # Files that are damaged, or mean harm.
 
 
+def varint(value: int) -> bytes:
+    return (bytes([value & 0x7F | 0x80]) + varint(value >> 7)) if value > 0x7F else bytes([value])
+
+
 def field(number: int, payload: bytes) -> bytes:
     """A field with a length."""
-    length, spelled = len(payload), b""
-    while True:
-        spelled += bytes([length & 0x7F | (0x80 if length > 0x7F else 0)])
-        length >>= 7
-        if not length:
-            return bytes([number << 3 | 2]) + spelled + payload
+    return varint(number << 3 | 2) + varint(len(payload)) + payload
 
 
 def number(key: int, value: int) -> bytes:
-    return TensorProto(dims=[value]).SerializeToString().replace(b"\x08", bytes([key << 3]), 1)
+    """A field that is an integer."""
+    return varint(key << 3) + varint(value % (1 << 64))
 
 
 OPSET = field(8, b"\x10\x12")
@@ -460,6 +460,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
         field(7, field(5, ONE) + field(1, field(2, b"w") + field(4, b"Relu"))) + OPSET,
         "'w' is computed twice",
     ),
+    "another Transpose": (field(7, b"") + OPSET + field(25, field(1, b"Transpose")), "own operator Transpose anew"),
     "data twice": (one_tensor(WEIGHT + number(1, 1) + field(9, b"1234") + field(4, b"1234")), "in several"),
     "data of another type": (one_tensor(WEIGHT + number(1, 2) + field(5, b"12")), "another field than its type"),
     "data in pieces": (one_tensor(WEIGHT + number(1, 2) + field(4, b"1234") * 2), "in pieces"),

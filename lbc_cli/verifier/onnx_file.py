@@ -131,7 +131,10 @@ class _Reader:
 
     def _function(self, field: Field) -> str:
         found = self._wire.message(*_inside(field), (), once=(1, 10))
-        return _operator(self._wire.text(found.get(10)), self._wire.text(found.get(1)))
+        domain, name = self._wire.text(found.get(10)), self._wire.text(found.get(1))
+        if _operator(domain, name) == name:
+            raise CheckpointError(f"the file defines ONNX's own operator {name} anew: its weights cannot be told")
+        return _operator(domain, name)
 
     def _graph(self, span: tuple[int, int], outer: Graph | None, depth: int) -> Graph:
         if depth > _DEPTH_LIMIT:

@@ -24,7 +24,7 @@ _QUANTISES = frozenset({"QuantizeLinear", "DequantizeLinear"})
 _FOLLOWED = _KEEPS_ZEROS | _QUANTISES | {"Transpose"}
 _PRODUCTS = frozenset({"Conv", "Gemm", "MatMul"})
 _STEPS = 64
-_ZERO_POINTS = 1 << 20
+_ZERO_POINTS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
