@@ -194,7 +194,7 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
     "a long number": lambda: framed(b'{"a":' + b"9" * 10_000_000 + b"}"),
     "a long fraction": lambda: framed(b'{"a":0.' + b"9" * 10_000_000 + b"}"),
     "many repeated keys": lambda: framed(b"{" + b'"a":1,' * 1_000_000 + b'"a":1}'),
-    "many empty lists": lambda: framed(b'{"a":[' + b"[]," * 500_000 + b"1]}"),
+    "many empty lists": lambda: framed(b'{"a":[' + b"[]," * 5_000_000 + b"1]}"),
     "many tensors": lambda: framed(header(**{f"t{i}": entry(data_offsets=[0, 4]) for i in range(20_000)})),
     "NaN": lambda: framed(b'{"a":{"dtype":"F32","shape":[NaN],"data_offsets":[0,4]}}'),
     "infinity": lambda: framed(b'{"a":{"dtype":"F32","shape":[1e999],"data_offsets":[0,4]}}'),
@@ -268,7 +268,7 @@ print(json.dumps(found))
 
 
 def test_hostile_headers_cost_little_and_are_refused(tmp_path: Path) -> None:
-    """Each within seconds, and within 32 times its size plus 32 MiB: the headers themselves are at most 32 MiB."""
+    """Each within seconds, within 32 times its size plus 32 MiB, and never more than 256 MiB."""
     assert Path("/proc/self/clear_refs").exists() or pytest.skip("needs Linux to measure peaks")
     names = list(HOSTILE)
     for number, name in enumerate(names):
@@ -285,7 +285,9 @@ def test_hostile_headers_cost_little_and_are_refused(tmp_path: Path) -> None:
         size = 0 if number == "huge" else (tmp_path / number).stat().st_size
         for verdict, kilobytes, seconds in calls:
             assert verdict == "refused", f"{name}: {verdict}"
-            assert kilobytes * 1024 <= 32 * size + (32 << 20), f"{name}: {kilobytes} KiB for {size} bytes"
+            assert kilobytes * 1024 <= min(32 * size + (32 << 20), 256 << 20), (
+                f"{name}: {kilobytes} KiB for {size} bytes"
+            )
             assert seconds < 10, f"{name}: {seconds} s"
 
 

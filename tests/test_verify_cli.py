@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -11,7 +11,9 @@ import torch
 from click.testing import Result
 from typer.testing import CliRunner
 
+from lbc_cli.accuracy import Accuracy
 from lbc_cli.cli import app
+from lbc_cli.data.transforms import Pixels
 from tests.checkpoints import small_checkpoint
 from tests.test_verifier import dense_file, sparse_tensors
 from tests.test_verify_against import restored
@@ -78,9 +80,10 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """A stand-in for the measurement, which has tests of its own."""
     calls: list[dict[str, Any]] = []
 
-    def measure(path: Path, data: str, **options: Any) -> SimpleNamespace:
+    def measure(path: Path, data: str, **options: Any) -> Accuracy:
         calls.append({"path": path, "data": data, **options})
-        return SimpleNamespace(top1=76.5, top5=93.25, loss=1.0, images=360, data=data)
+        pixels = Pixels(1, 32, 32, (0.5,), (0.5,), "bicubic", 1.0)
+        return Accuracy(top1=76.5, top5=93.25, loss=1.0, images=360, data=data, pixels=pixels)
 
     module = ModuleType("lbc_cli.accuracy")
     module.measure = measure  # type: ignore[attr-defined]
@@ -90,11 +93,13 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 def test_accuracy_is_reported_and_may_be_demanded(tmp_path: Path, measured: list[dict[str, Any]]) -> None:
     small_checkpoint(tmp_path / "m")
-    assert "accuracy top-1 76.50 %, top-5 93.25 % on 360 images of digits" in rows(
+    assert "accuracy top-1 76.50 %, top-5 93.25 % on 360 images of digits, 32 x 32 pixels" in rows(
         lbc(tmp_path / "m", "--data", "digits")
     )
     found = json.loads(lbc(tmp_path / "m", "--data", "digits", "--min-top1", "76.5", "--json").stdout)
+    pixels = found["accuracy"].pop("pixels")
     assert found["accuracy"] == {"top1": 76.5, "top5": 93.25, "n": 360, "data": "digits"}
+    assert (pixels["height"], pixels["mean"]) == (32, [0.5])
     assert (found["ok"], found["findings"]) == (True, [])
     result = lbc(tmp_path / "m", "--data", "digits", "--min-top1", "76.6", "--device", "cpu")
     assert result.exit_code == 3

@@ -99,6 +99,14 @@ CONV: dict[str, Layout] = {
             NODE("Conv", ["x", "u"], ["y"]),
         ],
     ),
+    "Conv, a swap and a rotation": (
+        lambda w: w.transpose(1, 2, 3, 0).transpose(1, 0, 2, 3),
+        [
+            NODE("Transpose", ["w"], ["t"], perm=[1, 0, 2, 3]),
+            NODE("Transpose", ["t"], ["u"], perm=[3, 0, 1, 2]),
+            NODE("Conv", ["x", "u"], ["y"]),
+        ],
+    ),
 }
 CASES = {name: (layout, (6, 16)) for name, layout in LINEAR.items()} | {
     name: (layout, (6, 8, 2, 3)) for name, layout in CONV.items()

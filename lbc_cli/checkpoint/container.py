@@ -29,6 +29,7 @@ from typing import Any, BinaryIO
 from lbc_cli.errors import CheckpointError, UsageError
 
 MAX_HEADER_BYTES = 1 << 25  # 32 MiB: some 100,000 tensors; safetensors itself stops at 100 MB
+MAX_NESTED = 1 << 20  # lists and objects in a header, five for a tensor: each costs far more memory than its two bytes
 MAX_ELEMENTS = 1 << 36  # of a shape whose zeros count as ones: an empty tensor may not claim a huge one
 MAX_DIMENSIONS = 16
 _READ_BYTES = 1 << 30  # in one call; systems take no more than 2 GiB
@@ -203,6 +204,8 @@ def _read_header(file: BinaryIO, canonical: bool) -> Header:
             f"claims a header of {length} bytes: the file has {size}, and at most {MAX_HEADER_BYTES} are read"
         )
     raw = bytes(read_at(file, 8, length, "the header"))
+    if raw.count(b"[") + raw.count(b"{") > MAX_NESTED:
+        raise CheckpointError(f"the header holds more than {MAX_NESTED} lists and objects")
     parsed = parse_json(raw, "the header")
     header = _parse_header(parsed, 8 + length, canonical)
     if not canonical:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -75,7 +76,8 @@ def _measure(report: Report, data: str, min_top1: float | None, **options: Any) 
     from lbc_cli.verifier import Finding
 
     found = measure(report.path, data, **options)
-    report.accuracy = {"top1": found.top1, "top5": found.top5, "n": found.images, "data": found.data}
+    pixels = dataclasses.asdict(found.pixels)
+    report.accuracy = {"top1": found.top1, "top5": found.top5, "n": found.images, "data": found.data, "pixels": pixels}
     if min_top1 is not None and not found.top1 >= min_top1:
         message = f"top-1 is {found.top1:.2f} % on {found.images} images of {found.data}: {min_top1:g} % is asked"
         report.add(Finding("accuracy", "", message))

@@ -123,7 +123,8 @@ def _verify_facts(report: Report) -> dict[str, str]:
     if accuracy := report.accuracy:
         facts["accuracy"] = (
             f"top-1 {format_accuracy(accuracy['top1'])}, top-5 {format_accuracy(accuracy['top5'])} "
-            f"on {accuracy['n']} images of {accuracy['data']}"
+            f"on {accuracy['n']} images of {accuracy['data']}, "
+            f"{accuracy['pixels']['height']} x {accuracy['pixels']['width']} pixels"
         )
     return {name: value for name, value in facts.items() if value}
 

@@ -19,7 +19,7 @@ added. Version 1:
     model     null, or {name, kwargs, parameters}: the timm model that names and shapes were compared with
     against   null, or {path, kind, tensors, equal, rounded, different, missing, extra, digest}: the other artefact;
               counts of tensors, and the SHA-256 of all weights, null unless both hold the same
-    accuracy  null, or {top1, top5, n, data}: measured, in percent, over n images
+    accuracy  null, or {top1, top5, n, data, pixels}: measured, in percent, over n images made into these pixels
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from lbc_cli.errors import CheckpointError
 from lbc_cli.verifier.bits import FORMATS
 
 HEADER_LIMIT = 32 * 1024 * 1024
+NESTED_LIMIT = 1 << 20
 ELEMENT_LIMIT = 1 << 36
 _BLOCK = 1 << 20
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # the same in every Python; isprintable is not
@@ -127,6 +128,8 @@ def read_source(file: BinaryIO) -> Source:
     if length > HEADER_LIMIT:
         raise CheckpointError(f"the header claims {length} bytes: at most {HEADER_LIMIT} are read")
     raw = file.read(length)
+    if raw.count(b"{") + raw.count(b"[") > NESTED_LIMIT:
+        raise CheckpointError(f"the header holds more than {NESTED_LIMIT} lists and objects: no real file does")
     try:
         parsed = strict_json(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:
