@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from lbc_cli import checkpoint, models, weights
+from lbc_cli.checkpoint.files import check_free
 from lbc_cli.data.transforms import Pixels
-from lbc_cli.errors import MethodError, ModelError, OutputError, UsageError, VerificationError, did_you_mean
+from lbc_cli.errors import MethodError, ModelError, UsageError, VerificationError, did_you_mean
 from lbc_cli.patterns import Pattern, magnitude_mask
 from lbc_cli.targets import Selection, Skipped, Target, find_targets
 from lbc_cli.verifier import Report, verify
@@ -56,6 +57,17 @@ def _by_magnitude(targets: tuple[Target, ...]) -> Masks:
 SCORES: dict[str, Score] = {
     "magnitude": Score("keep the largest magnitudes", "apex ASP (Mishra et al. 2021)", _by_magnitude),
 }
+
+
+def find_score(method: str) -> Score:
+    """The score of that name.
+
+    Raises:
+        MethodError: if there is none.
+    """
+    if method not in SCORES:
+        raise MethodError(f"unknown method {method!r}: one of {', '.join(SCORES)}.{did_you_mean(method, SCORES)}")
+    return SCORES[method]
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,10 +229,8 @@ def prune(
         MethodError, PatternError, TargetError: if method, pattern and model do not go together.
         VerificationError: if the file does not hold what it claims; it is removed then.
     """
-    path = check_out(out)
-    score = SCORES.get(method)
-    if score is None:
-        raise MethodError(f"unknown method {method!r}: one of {', '.join(SCORES)}.{did_you_mean(method, SCORES)}")
+    path = check_free(out)
+    score = find_score(method)
     parsed = Pattern.parse(pattern) if isinstance(pattern, str) else pattern
     began = time.perf_counter()
     selection = find_targets(start.model, parsed, layers)
@@ -262,7 +272,7 @@ def convert(
         CheckpointError: if the file is damaged, or refused because reading it could run code.
         VerificationError: if a layer does not hold its pattern.
     """
-    target = check_out(out)
+    target = check_free(out)
     began = time.perf_counter()
     found = _read(Path(path), key)
     if found.arch is None and model is None:
@@ -276,20 +286,6 @@ def convert(
     title = f"{start.arch} from {Path(path).name} ({found.kind})"
     pruned = _Pruned(method, converted.selection, converted.masks, rows)
     return _finish(start, title, pruned, target, seconds, (*converted.notes, *start.notes))
-
-
-def check_out(out: str | os.PathLike[str]) -> Path:
-    """A place for the checkpoint that is free, in a folder that is there.
-
-    Raises:
-        OutputError: if it is not.
-    """
-    path = Path(out)
-    if os.path.lexists(path):
-        raise OutputError(f"{path} exists and is not overwritten: choose another name")
-    if not path.parent.is_dir():
-        raise OutputError(f"{path}: there is no folder {path.parent}: make it first")
-    return path
 
 
 def _read(path: Path, key: str | None) -> weights.Weights:
@@ -332,6 +328,7 @@ def _finish(
     start: Start, title: str, pruned: _Pruned, path: Path, seconds: dict[str, float], notes: tuple[str, ...]
 ) -> Outcome:
     """Save, verify, and gather what there is to say."""
+    _check_values(start, pruned)
     record = models.created(start.model)
     assert record is not None
     arch = {"arch": record.arch, "kwargs": dict(record.kwargs), "task": "classification"}
@@ -354,6 +351,18 @@ def _finish(
         seconds=timed,
         report=report,
     )
+
+
+def _check_values(start: Start, pruned: _Pruned) -> None:
+    """Refuse what no verification passes: NaN anywhere, Inf in a sparse weight; masks and buffers may hold Inf.
+
+    Raises:
+        ModelError: naming the first tensor.
+    """
+    sparse = {target.name for target in pruned.targets}
+    for name, tensor in start.model.state_dict().items():
+        if tensor.isnan().any() or (name in sparse and tensor.isinf().any()):
+            raise ModelError(f"{name} holds NaN or Inf: nothing was written; check where {start.origin} comes from")
 
 
 def _pixels(model: nn.Module) -> dict[str, Any]:

@@ -171,6 +171,31 @@ def test_a_file_whose_manifest_another_program_dropped(file: Path, tmp_path: Pat
     assert "no manifest" in result.stderr
 
 
+def test_what_is_no_safetensors_is_named(tmp_path: Path) -> None:
+    torch.save({"w": torch.zeros(3)}, tmp_path / "new.pth")
+    torch.save({"w": torch.zeros(3)}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    (tmp_path / "graph.onnx").write_bytes(bytes(64))
+    (tmp_path / "folder").mkdir()
+    expected = {
+        "new.pth": "is a file of torch.save",
+        "old.pth": "is a file of torch.save",
+        "graph.onnx": "is an ONNX file",
+        "folder": "name the file in it, such as",
+    }
+    for name, words in expected.items():
+        result = lbc(tmp_path / name)
+        assert (result.exit_code, result.stdout) == (2, ""), name
+        assert words in result.stderr, name
+        assert len(result.stderr.strip().splitlines()) == 1, name
+
+
+@pytest.mark.parametrize("length", [0x280, 0x380, 0x480])
+def test_a_header_whose_length_begins_like_a_pickle_is_read(tmp_path: Path, length: int) -> None:
+    header = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode().ljust(length)
+    (tmp_path / "m").write_bytes(length.to_bytes(8, "little") + header + bytes(4))
+    assert as_json(tmp_path / "m")["totals"]["all"]["elements"] == 1
+
+
 def test_damage_is_one_line_and_exit_code_3(file: Path, tmp_path: Path) -> None:
     content = file.read_bytes()
     header, manifest, data = parts(content)

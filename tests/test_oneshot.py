@@ -210,6 +210,24 @@ def test_weights_that_cannot_be_ranked_are_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("name", "value"), [(CONV, math.nan), (CONV, math.inf), ("bn1.running_var", math.nan)])
+def test_converting_names_the_tensor_that_no_verification_would_pass(tmp_path: Path, name: str, value: float) -> None:
+    state = sparse_state()
+    place = tuple(state[name].nonzero()[0].tolist())
+    state[name][place] = value
+    save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(ModelError, match=f"{name} holds NaN or Inf: nothing was written; .*w.safetensors"):
+        oneshot.convert(tmp_path / "w.safetensors", model=TINY, pattern="2:4", out=tmp_path / "m.safetensors")
+    assert not (tmp_path / "m.safetensors").exists()
+
+
+def test_the_method_is_checked_before_any_weights_are_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(oneshot, "from_name", lambda *args, **kwargs: pytest.fail("weights were fetched"))
+    result = lbc("prune", TINY, "--pattern", "2:4", "--method", "magnitud", "--out", tmp_path / "m")
+    assert result.exit_code == 2, result.output
+    assert "Did you mean 'magnitude'" in only_line(result)
+
+
 def test_nothing_is_overwritten_and_the_folder_must_be_there(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     path.write_text("precious")

@@ -38,8 +38,10 @@ from lbc_cli.report import (
     task,
     train_bench_record,
 )
+from lbc_cli.report.describe import verify_view
 from lbc_cli.report.plots import points, removal_span
 from lbc_cli.report.progress import EpochTable, format_epoch
+from lbc_cli.verifier import Finding, Report
 
 LAYERS = [
     LayerView(name="layer1.0.conv1.weight", shape=(64, 64, 3, 3), pattern="2:4", density=0.5),
@@ -312,11 +314,21 @@ def test_verify_report_shows_warnings_and_groups_that_are_not_full() -> None:
         name="fc.weight", shape=(8, 8), pattern="2:4", density=0.48, groups=16, violations=0, under_filled=3
     )
     console, out, _ = streams()
-    print_verify(console, VerifyView(path="m", ok=True, layers=[layer], findings=["warning: 1 negative zero"]))
+    print_verify(console, VerifyView(path="m", ok=True, layers=[layer], findings=[], warnings=["1 negative zero"]))
     lines = [" ".join(line.split()) for line in out.getvalue().splitlines()]
     assert "layer shape pattern density groups not full violations" in lines
     assert "fc.weight 8x8 2:4 0.4800 16 3 0" in lines
-    assert lines[-2:] == ["warning: 1 negative zero", "ok: 1 sparse layer verified"]
+    assert lines[-2:] == ["1 negative zero", "ok: 1 sparse layer verified"]
+
+
+def test_verify_report_shows_warnings_beside_violations_and_counts_the_violations() -> None:
+    report = Report("m.safetensors", "dense")
+    report.add(Finding("negative-zero", "fc.weight", "fc.weight holds -0.0", level="warning"))
+    report.add(Finding("nan", "fc.weight", "fc.weight holds 1 NaN"))
+    console, out, _ = streams()
+    print_verify(console, verify_view(report))
+    lines = [line.strip() for line in out.getvalue().splitlines()]
+    assert lines[-3:] == ["fc.weight holds -0.0", "fc.weight holds 1 NaN", "violations: 1 finding"]
 
 
 def test_bench_table_compares_measured_steps() -> None:

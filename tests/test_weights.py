@@ -223,7 +223,7 @@ def test_files_that_hold_no_weights_are_refused(tmp_path: Path) -> None:
     assert "cannot be read" in refused(path)
     (tmp_path / "x.txt").write_text("no weights")
     assert "neither safetensors nor" in refused(tmp_path / "x.txt")
-    assert "no such weight file" in refused(tmp_path / "absent.pth", ModelError)
+    assert "no such weight file" in refused(tmp_path / "absent.pth", UsageError)
 
 
 # timm's folders

@@ -13,6 +13,7 @@ from torch import nn
 from lbc_cli import models, weights
 from lbc_cli.checkpoint.contents import read_contents
 from lbc_cli.errors import CheckpointError, ModelError, UsageError
+from lbc_cli.weights.plain import is_safetensors
 
 if TYPE_CHECKING:
     from lbc_cli.accuracy.onnx import OnnxModel
@@ -52,7 +53,7 @@ def open_subject(path: Path, model: str | None, device: torch.device) -> Subject
     """
     if path.suffix == ".onnx":
         return _open_onnx(path, model, device)
-    if path.is_file() and _is_safetensors(path):
+    if path.is_file() and is_safetensors(path):
         contents = read_contents(path)
         if contents.manifest is not None:
             loaded = weights.load(path, model=model)
@@ -61,12 +62,6 @@ def open_subject(path: Path, model: str | None, device: torch.device) -> Subject
             return _open_semi_structured(path, model)
     loaded = weights.load(path, model=model)
     return Subject(_in_float32(loaded, path), models.data_config(loaded))
-
-
-def _is_safetensors(path: Path) -> bool:
-    """Whether it looks like one: the length of a header and its first brace."""
-    with path.open("rb") as file:
-        return file.read(9)[8:] == b"{"
 
 
 def _open_semi_structured(path: Path, model: str | None) -> Subject:

@@ -16,7 +16,9 @@ from typing import Literal
 
 from lbc_cli.checkpoint.container import DTYPES, Header, opened
 from lbc_cli.checkpoint.manifest import INDEX, VALUES, Manifest, parse_manifest
-from lbc_cli.errors import CheckpointError
+from lbc_cli.errors import CheckpointError, UsageError
+
+_PICKLED = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04")  # what torch.save writes, new and old
 
 Kind = Literal["checkpoint", "run state", "safetensors"]
 
@@ -67,6 +69,16 @@ class Contents:
         return tuple(tensor for tensor in self.tensors if not tensor.pattern)
 
 
+def foreign_kind(path: Path) -> str:
+    """What a file is that nobody would call safetensors, in words; "" if it may be safetensors, sound or not."""
+    if path.suffix == ".onnx":
+        return "an ONNX file"
+    with path.open("rb") as file:
+        begin = file.read(9)
+    # The length of a safetensors header, which a brace follows, may begin with the same bytes.
+    return "a file of torch.save" if begin.startswith(_PICKLED) and begin[8:] != b"{" else ""
+
+
 def read_contents(path: str | os.PathLike[str]) -> Contents:
     """Read what a file holds, without its tensors.
 
@@ -74,10 +86,15 @@ def read_contents(path: str | os.PathLike[str]) -> Contents:
         path: a checkpoint or run state of lbc, or any safetensors file.
 
     Raises:
-        UsageError: if there is no such file.
+        UsageError: if there is no such file, or it is of another kind altogether.
         CheckpointError: if the header is damaged; for files of lbc also if it is not canonical, or the manifest is not
             what its digest says.
     """
+    target = Path(path)
+    if target.is_dir():
+        raise UsageError(f"{path} is a folder: name the file in it, such as {target / 'model.safetensors'}")
+    if target.is_file() and (foreign := foreign_kind(target)):
+        raise UsageError(f"{path} is {foreign}: only safetensors files, ours or not, are inspected")
     with opened(path, canonical=False) as (_, header):
         ours = any(key == "lbc" or key.startswith("lbc.") for key in header.metadata)
         packed = any(name.endswith((VALUES, INDEX)) for name in header.tensors)

@@ -53,6 +53,20 @@ def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
     atomic_write_bytes(path, text.encode())
 
 
+def check_free(path: str | os.PathLike[str]) -> Path:
+    """A place for something new: nothing is there yet, and its folder is.
+
+    Raises:
+        OutputError: if it is not so.
+    """
+    target = Path(path)
+    if os.path.lexists(target):
+        raise OutputError(f"{target} exists and is not overwritten: remove it, or choose another name")
+    if not target.parent.is_dir():
+        raise OutputError(f"{target}: there is no folder {target.parent}: create it, or choose another place")
+    return target
+
+
 def remove_stale(path: str | os.PathLike[str]) -> list[Path]:
     """Remove the temporaries of `path` whose process no longer runs.
 

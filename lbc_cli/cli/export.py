@@ -16,7 +16,9 @@ from lbc_cli.errors import UsageError
 def export(
     file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="A checkpoint of lbc.")] = None,
     *,
-    format_name: Annotated[str | None, typer.Option("--format", metavar="F", help="See --list.")] = None,
+    format_name: Annotated[
+        str | None, typer.Option("--format", metavar="F", help="Such as timm; --list shows all.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="PATH", help="Where to; must be new. Beside FILE by default.")
     ] = None,

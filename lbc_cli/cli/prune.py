@@ -28,10 +28,12 @@ def prune(
     method: Annotated[str, typer.Option("--method", help="How to choose the weights that stay.")] = "magnitude",
     weights: Annotated[
         str | None,
-        typer.Option("--weights", metavar="pretrained|random|FILE", help="Of MODEL; pretrained if not said."),
+        typer.Option("--weights", metavar="pretrained|random|FILE", help="Weights for MODEL; pretrained if not said."),
     ] = None,
     key: Key = None,
-    seed: Annotated[int | None, typer.Option("--seed", metavar="S", min=0, help="Of random weights; 0.")] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", metavar="S", min=0, help="Of random weights; 0 if not said.")
+    ] = None,
     num_classes: Classes = None,
     override: Arguments = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="F", help="The checkpoint; must be new.")] = None,
@@ -46,9 +48,11 @@ def prune(
         raise UsageError(f"lbc prune needs {missing}")
     chosen, arguments = parse_layers(layers), model_arguments(override, num_classes)
     from lbc_cli import oneshot
+    from lbc_cli.checkpoint.files import check_free
     from lbc_cli.report.pruned import print_pruned, pruned_record
 
-    oneshot.check_out(out)
+    oneshot.find_score(method)
+    check_free(out)
     start = _start(model, weights, seed, key, arguments)
     console.info(f"{start.arch}, weights: {start.origin}")
     outcome = oneshot.prune(start, pattern=text, out=out, layers=chosen, method=method)

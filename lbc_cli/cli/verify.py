@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lbc_cli.cli.common import make_console, parse_layers, reported
-from lbc_cli.cli.options import AsJson, Device, LayerPatterns, Overrides, PatternText, Quiet
+from lbc_cli.cli.options import AsJson, Device, LayerPatterns, PatternText, Quiet
 from lbc_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -22,15 +22,20 @@ def verify(
     *,
     pattern: PatternText = None,
     layers: LayerPatterns = None,
-    model: Annotated[str | None, typer.Option("--model", metavar="NAME", help="Names and shapes are timm's.")] = None,
-    against: Annotated[
-        Path | None, typer.Option("--against", metavar="PATH", help="This artefact holds the same weights.")
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="NAME", help="Check names and shapes against this timm model.")
     ] = None,
-    data: Annotated[str | None, typer.Option("--data", help="Measure the accuracy on this data.")] = None,
+    against: Annotated[
+        Path | None, typer.Option("--against", metavar="PATH", help="Check that this artefact holds the same weights.")
+    ] = None,
+    data: Annotated[str | None, typer.Option("--data", metavar="D", help="Measure the accuracy on this data.")] = None,
     min_top1: Annotated[
         float | None, typer.Option("--min-top1", metavar="X", min=0, max=100, help="Percent that --data must reach.")
     ] = None,
-    override: Overrides = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="How --data is prepared, such as data.image_size=224."),
+    ] = None,
     device: Device = None,
     as_json: AsJson = False,
     quiet: Quiet = False,

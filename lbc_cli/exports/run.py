@@ -7,17 +7,17 @@ import glob
 import os
 from pathlib import Path
 
+from lbc_cli.checkpoint.contents import foreign_kind
+from lbc_cli.checkpoint.files import check_free
 from lbc_cli.checkpoint.manifest import Manifest, read_manifest
 from lbc_cli.errors import CheckpointError, UsageError, VerificationError
 from lbc_cli.exports.base import Exporter, ExportOptions, ExportResult, Job, Written
 from lbc_cli.exports.registry import find_format
-from lbc_cli.exports.staging import check_free, staged
+from lbc_cli.exports.staging import staged
 from lbc_cli.verifier import Report, verify
 from lbc_cli.verifier.rules import is_ours
 from lbc_cli.verifier.semi_rules import is_semi_structured
 from lbc_cli.verifier.source import read_source
-
-_PICKLED = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04")  # what torch.save writes, new and old
 
 
 def export(
@@ -88,12 +88,9 @@ _REMEDY = (
 
 def _other_kind(source: Path) -> str:
     """What a file is that is no checkpoint of lbc, "" if it may be a damaged one."""
-    if source.suffix == ".onnx":
-        return "an ONNX file"
+    if foreign := foreign_kind(source):
+        return foreign
     with source.open("rb") as file:
-        if file.read(4).startswith(_PICKLED):
-            return "a file of torch.save"
-        file.seek(0)
         try:
             header = read_source(file)
         except CheckpointError:

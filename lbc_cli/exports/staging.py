@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lbc_cli.checkpoint.files import check_free
 from lbc_cli.errors import OutputError
 
 
@@ -43,18 +44,6 @@ def staged(target: Path) -> Iterator[Path]:
         raise OutputError(f"{target}: cannot be written: {error.strerror or error}; nothing was left behind") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def check_free(target: Path) -> None:
-    """Check that an artefact can be put somewhere.
-
-    Raises:
-        OutputError: if something is there, or its folder is not.
-    """
-    if os.path.lexists(target):
-        raise OutputError(f"{target} exists and is not overwritten: remove it, or choose another name with --out")
-    if not target.parent.is_dir():
-        raise OutputError(f"{target.parent} is not a folder: create it, or choose another place with --out")
 
 
 def _move(scratch: Path, target: Path) -> None:

@@ -93,12 +93,12 @@ def verify_view(report: Report) -> views.VerifyView:
         )
         for layer in report.layers
     ]
-    errors = [finding for finding in report.findings if finding.level == "error"]
     return views.VerifyView(
         path=report.path,
         ok=report.ok,
         layers=layers,
-        findings=[finding.message for finding in errors or report.findings],
+        findings=[finding.message for finding in report.findings if finding.level == "error"],
+        warnings=[finding.message for finding in report.findings if finding.level == "warning"],
         facts=_verify_facts(report),
         skipped=[views.SkippedView(name=d.name, shape=tuple(d.shape), reason=d.why) for d in report.dense],
         violations=[_violation_view(f.tensor, group) for f in report.findings for group in f.groups],

@@ -216,8 +216,10 @@ def format_result(name: str, value: float | None) -> str:
     return format_accuracy(value) if name.removeprefix("ema_").startswith("top") else format_number(value)
 
 
-def format_verdict(verified: bool | None, findings: Sequence[str], layers: int) -> Text:
-    """The findings, and below them the last line: ok, violations, or that nothing was verified."""
+def format_verdict(
+    verified: bool | None, findings: Sequence[str], layers: int, *, warnings: Sequence[str] = ()
+) -> Text:
+    """Warnings and findings, and below them the last line: ok, violations, or that nothing was verified."""
     if verified is None:
         last, style = "not verified", "yellow"
     elif verified:
@@ -225,8 +227,8 @@ def format_verdict(verified: bool | None, findings: Sequence[str], layers: int) 
         style = "green"
     else:
         last, style = f"violations: {plural(len(findings), 'finding')}", "red"
-    lines = [f"  {one_line(finding)}\n" for finding in findings]
-    return Text("".join(lines), style="yellow" if verified else style).append(last, style=style)
+    notes, lines = ("".join(f"  {one_line(text)}\n" for text in texts) for texts in (warnings, findings))
+    return Text().append(notes, style="yellow").append(lines, style="yellow" if verified else style).append(last, style)
 
 
 def format_verify(view: VerifyView) -> Parts:
@@ -237,7 +239,7 @@ def format_verify(view: VerifyView) -> Parts:
         *([_format_checked(view.layers)] if view.layers else []),
         *([format_skipped(view.skipped)] if view.skipped else []),
         *([_format_violations(view.violations)] if view.violations else []),
-        format_verdict(view.ok, view.findings, len(view.layers)),
+        format_verdict(view.ok, view.findings, len(view.layers), warnings=view.warnings),
     )
 
 

@@ -140,7 +140,9 @@ class VerifyView:
     ok: bool
     layers: Sequence[CheckedLayerView]
     findings: Sequence[str]
-    """What is wrong or worth knowing, one line each."""
+    """What is wrong, one line each."""
+    warnings: Sequence[str] = ()
+    """What is worth knowing, one line each."""
     facts: Mapping[str, str] = field(default_factory=dict)
     """Label -> value: format, method, phase, digest."""
     skipped: Sequence[SkippedView] = ()

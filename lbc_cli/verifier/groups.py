@@ -138,9 +138,9 @@ def value_findings(name: str, census: Census, *, sparse: bool) -> list[Finding]:
         found.append(Finding("nan", name, f"{name} holds {census.nans} NaN", census.nans))
     if census.infinities:
         # A dense buffer may hold infinities on purpose, as attention masks do.
-        message = f"{name} holds {census.infinities} infinities"
+        message = f"{name} holds {census.infinities} Inf"
         found.append(Finding("infinity", name, message, census.infinities, "error" if sparse else "warning"))
     if sparse and census.negative_zeros:
-        message = f"{name} holds {census.negative_zeros} times -0.0, which some sparse kernels do not take for zero"
+        message = f"{name} holds -0.0 ({census.negative_zeros} in all), which some sparse kernels do not take for zero"
         found.append(Finding("negative-zero", name, message, census.negative_zeros, "warning"))
     return found

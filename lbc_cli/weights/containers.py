@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lbc_cli import checkpoint
-from lbc_cli.errors import CheckpointError, ModelError, UsageError
+from lbc_cli.errors import CheckpointError, UsageError
 from lbc_cli.patterns import Pattern
 from lbc_cli.weights.base import CHECKPOINT, DENSE, Weights
 from lbc_cli.weights.folders import open_folder
@@ -36,8 +36,9 @@ def read(path: str | os.PathLike[str], *, key: str | None = None, check_digests:
         check_digests: of our own checkpoints.
 
     Raises:
-        ModelError: if there is no such file.
-        UsageError: if it holds several models and no key says which, or a key is given where there are none.
+        UsageError: if there is no such file, it holds several models and no key says which, or a key is given where
+            there are none.
+        ModelError: if a folder holds no weights that can be told, or no configuration.
         CheckpointError: if it is damaged, or refused because reading it could run code.
     """
     target = Path(path)
@@ -65,7 +66,7 @@ def _is_ours(header: PlainHeader) -> bool:
 
 def _read_file(path: Path, key: str | None, check_digests: bool) -> Weights:
     if not path.is_file():
-        raise ModelError(f"{path}: {'not a weight file' if path.exists() else 'no such weight file'}")
+        raise UsageError(f"{path}: {'not a weight file' if path.exists() else 'no such weight file'}")
     try:
         if not is_safetensors(path):
             return _foreign(path, _pickled(path, key))
