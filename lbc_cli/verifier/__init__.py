@@ -85,7 +85,10 @@ def verify(
 def _verify(artefact: Artefact, rules: LayerRules, model: str | None, free: bool, report: Report) -> None:
     carries = artefact.kind in ("packed", "semi-structured")
     if not (carries or free or rules.asked):
-        raise UsageError(f"{report.path} does not say which pattern it holds: name it with --pattern, such as 2:4")
+        raise UsageError(
+            f"{report.path} does not say which pattern it holds: name it with --pattern, such as 2:4, or the checkpoint "
+            "that it must equal with --against"
+        )
     if model is not None:
         rules = check_model(artefact, model, rules, report)
     _CHECKS[artefact.kind](artefact, rules, report)
