@@ -86,8 +86,8 @@ def _verify(artefact: Artefact, rules: LayerRules, model: str | None, free: bool
     carries = artefact.kind in ("packed", "semi-structured")
     if not (carries or free or rules.asked):
         raise UsageError(
-            f"{report.path} does not say which pattern it holds: name it with --pattern, such as 2:4, or the checkpoint "
-            "that it must equal with --against"
+            f"{report.path} does not say which pattern it holds: name it with --pattern, such as 2:4, or, with "
+            "--against, the checkpoint that it must equal"
         )
     if model is not None:
         rules = check_model(artefact, model, rules, report)
