@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from lbc_cli.report import Console
 from lbc_cli.report.benched import draw_bench, print_bench
 from lbc_cli.runtime import open_model
 from lbc_cli.runtime.executors import EXECUTORS
+from lbc_cli.runtime.tune import Plan, key_for
 from tests.checkpoints import FakePruner
 from tests.test_cli import lbc, only_line
 from tests.test_runtime import CPU, pruned
@@ -189,14 +192,83 @@ def test_a_checkpoint_is_measured_as_it_is(tmp_path: Path) -> None:
     save(model, tmp_path / "m.safetensors", pruner=FakePruner(model, {name: str(p) for name, p in patterns.items()}))
     prepared = open_model(tmp_path / "m.safetensors", image_size=64)
     assert {str(layer.pattern) for layer in prepared.layers() if layer.pattern} == {"1:4"}
+    for more, message in {
+        ("--pattern", "2:4"): "--pattern belongs to a model by name",
+        ("--tune", "--no-layers"): "drop --no-layers",
+        ("--tune",): "cpu has no sparse kernel in torch.float32 here: nothing to choose from",
+        ("--tune", "--runtime", "reference"): "nothing to choose from",
+    }.items():
+        refused = lbc("bench", tmp_path / "m.safetensors", "--device", "cpu", *more)
+        assert refused.exit_code == 2, refused.output
+        assert message in only_line(refused)
     options = ["--runtime", "reference", "--image-size", "64", "--batch", "1", "--rounds", "3", "--no-layers", "--json"]
     done = lbc("bench", tmp_path / "m.safetensors", "--device", "cpu", *options)
     assert done.exit_code == 0, done.output
     record = json.loads(done.stdout)
     assert record["source"] == str(tmp_path / "m.safetensors")
+    assert record["pattern"] == "1:4"
     assert record["layers"] == []
     with pytest.raises(UsageError, match="at least one batch"):
         InferenceSetup(source="x", batches=())
+
+
+def test_a_file_that_is_not_there_is_no_model_name() -> None:
+    done = lbc("bench", "runs/gone.safetensors", "--device", "cpu")
+    assert done.exit_code == 2
+    assert only_line(done).endswith("runs/gone.safetensors: no such file")
+
+
+def test_vector_wise_weights_are_counted_as_they_are_kept() -> None:
+    setup = InferenceSetup(source="test_resnet", pattern="1:4/64", image_size=64)
+    prepared = open_source(setup)
+    executor = EXECUTORS["vector-reference"]
+    converted, report = prepared.sparse([executor], dtype=torch.float32, device=CPU)
+    plain = sum(value.nbytes for value in prepared.model.parameters())
+    kept = sum(math.prod(entry.shape) for entry in report if entry.variant != "dense")
+    assert kept
+    assert plain - 4 * kept < weight_bytes(converted) < plain
+
+
+def test_layers_run_as_they_do_at_the_largest_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    measure, layer = module._measure, "layer4.0.conv1"
+
+    def only_at_two(*arguments: Any) -> Any:
+        setup, prepared, executors, batch, _, progress = arguments
+        names = [entry.name for entry in prepared.layers() if not entry.reason]
+        choices = {} if batch == 2 else dict.fromkeys(names, "dense")
+        plan = Plan(key_for(prepared, batch=batch, dtype=torch.float32, device=CPU), choices, {}, {}, "")
+        return measure(setup, prepared, executors, batch, plan, progress)
+
+    monkeypatch.setattr(module, "_measure", only_at_two)
+    setup = InferenceSetup(source="test_resnet", runtime="reference", batches=(2, 1), **QUICK)  # type: ignore[arg-type]
+    assert {entry.name: entry.variant for entry in inference_bench(setup).layers}[layer] == "reference:im2col"
+
+
+def test_the_times_shown_are_those_chosen_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[str] = []
+    once = module.time_layer
+
+    def noting(layer: Any, *rest: Any) -> Any:
+        timed.append(layer.name)
+        return once(layer, *rest)
+
+    monkeypatch.setattr(module, "time_layer", noting)
+    setup = InferenceSetup(source="test_vit", runtime="reference", rounds=1, seconds=0.01)
+    prepared, executors = open_source(setup), [EXECUTORS["reference"]]
+    chosen = {"blocks.0.attn.proj": {"dense": (1.0, 2.0, 3.0), "reference": (4.0, 5.0, 6.0)}}
+    layers = {layer.name: layer for layer in module._layers(setup, prepared, executors, 1, [], chosen)}
+    assert layers["blocks.0.attn.proj"].times == chosen["blocks.0.attn.proj"]
+    # Of six equal blocks one is measured: its proj is known, its qkv and fc1 have one shape.
+    assert timed == ["patch_embed.proj", "blocks.0.attn.qkv", "blocks.0.mlp.fc2", "blocks.1.attn.proj", "head"]
+
+
+def test_two_dense_sides_are_not_compared_in_words() -> None:
+    prepared = open_source(InferenceSetup(source="test_resnet", image_size=64))
+    plan = Plan(key_for(prepared, batch=8, dtype=torch.float32, device=CPU), {"a": "dense"}, {}, {}, "")
+    sides = {name: Side("eager", (t, t, t), 1 / t, None, 1, {}) for name, t in {"dense": 1.0, "sparse": 2.0}.items()}
+    executor = type("Fast", (), {"measured": True})()
+    found = module._verdict([module.BatchResult(8, 0.0, sides)], [], [executor], CPU, [plan])
+    assert found == "batch 8: nothing is faster sparse, so that everything runs dense"
 
 
 @pytest.mark.gpu

@@ -14,6 +14,7 @@ import torch
 from lbc_cli import runtime
 from lbc_cli.checkpoint import save
 from lbc_cli.errors import CheckpointError, UsageError
+from lbc_cli.runtime import loading
 from lbc_cli.runtime import tune as module
 from lbc_cli.runtime.clock import Times, interleaved
 from lbc_cli.runtime.executors import EXECUTORS
@@ -157,6 +158,21 @@ def test_a_model_is_loaded_as_it_was_tuned(monkeypatch: pytest.MonkeyPatch, tmp_
     assert "reference:im2col" in chosen.values()
     with pytest.raises(UsageError, match="exclude each other"):
         runtime.load(file, runtime="reference", tuned_for=4, choices={})
+
+
+def test_a_plan_may_name_another_runtime(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model, patterns = pruned("test_resnet", "1:4/64", torch.float32)
+    file = tmp_path / "m.safetensors"
+    save(model, file, pruner=FakePruner(model, {name: str(pattern) for name, pattern in patterns.items()}))
+    both = [EXECUTORS["reference"], EXECUTORS["vector-reference"]]
+    scripted(monkeypatch, lambda name: times(*[1.0 if name == "dense" else 0.2 if "vector" in name else 0.5] * 3))
+    plan = tune(open_model(file), both, batch=4, dtype=torch.float32, device=CPU, weights=identity(file))
+    assert {choice.partition(":")[0] for choice in plan.choices.values()} == {"reference", "vector-reference"}
+    save_plan(file, plan)
+    monkeypatch.setattr(loading, "usable_executors", lambda device, dtype: both)
+    loaded = runtime.load(file, runtime="reference", tuned_for=4)
+    chosen = {entry.name: entry.variant for entry in runtime.executed(loaded)}
+    assert {name: chosen[name] for name in plan.choices} == plan.choices
 
 
 @pytest.mark.gpu

@@ -48,7 +48,8 @@ from lbc_cli.runtime.layers import SparseLayer
 from lbc_cli.runtime.loading import identity, open_model
 from lbc_cli.runtime.prepare import Prepared, prepare
 from lbc_cli.runtime.trace import Shape
-from lbc_cli.runtime.tune import Plan, example, time_layer, tune
+from lbc_cli.runtime.tune import Plan, example, time_layer, tune, work_of
+from lbc_cli.runtime.vector_layers import VectorLayer
 from lbc_cli.targets import find_targets
 
 SCHEMA = 1
@@ -172,6 +173,8 @@ class InferenceBench:
     """Everything that was measured."""
 
     setup: InferenceSetup
+    pattern: str
+    """What the sparse weights hold, as they are: of a file, what the file says."""
     image_size: tuple[int, int]
     folded: int
     executors: tuple[str, ...]
@@ -195,7 +198,7 @@ class InferenceBench:
         return {
             "schema": SCHEMA,
             "source": self.setup.source,
-            "pattern": self.setup.pattern,
+            "pattern": self.pattern,
             "device": str(self.setup.device),
             "dtype": str(self.setup.dtype).removeprefix("torch."),
             "image_size": list(self.image_size),
@@ -236,19 +239,23 @@ def inference_bench(setup: InferenceSetup, progress: Callable[[str], None] = lam
     results: list[BatchResult] = []
     plans: list[Plan] = []
     layers: list[LayerResult] = []
+    ran: dict[int, list[Executed]] = {}
     with memory_advice("a smaller batch or image size needs less"), torch.inference_mode():
         peak = measured_peak(setup.device, setup.dtype) if setup.measure else None
         for batch in setup.batches if setup.measure else ():
             progress(f"batch {batch}")
             plan = _plan(setup, prepared, executors, batch, progress)
             plans += [plan] if plan else []
-            result, executed = _measure(setup, prepared, executors, batch, plan, progress)
+            result, ran[batch] = _measure(setup, prepared, executors, batch, plan, progress)
             results.append(result)
         if setup.per_layer and setup.measure:
-            layers = _layers(setup, prepared, executors, max(setup.batches), executed)
+            largest = max(setup.batches)
+            seconds = next((plan.seconds for plan in plans if plan.key.batch == largest), {})
+            layers = _layers(setup, prepared, executors, largest, ran[largest], seconds)
     height, width = prepared.sample.shape[2:]
     return InferenceBench(
         setup=setup,
+        pattern=", ".join(sorted({str(pattern) for pattern in prepared.patterns.values()})),
         image_size=(int(height), int(width)),
         folded=len(prepared.folded),
         executors=tuple(executor.name for executor in executors),
@@ -257,7 +264,7 @@ def inference_bench(setup: InferenceSetup, progress: Callable[[str], None] = lam
         batches=tuple(results),
         layers=tuple(layers),
         notes=_notes(setup, executors),
-        verdict=_verdict(results, layers, executors, setup.device),
+        verdict=_verdict(results, layers, executors, setup.device, plans),
         plans=tuple(plans),
         estimates=estimates,
     )
@@ -395,7 +402,7 @@ def _peak_bytes(model: nn.Module, images: Tensor, device: torch.device) -> int |
 
 def weight_bytes(model: nn.Module) -> int:
     """Memory of the weights as they are executed, compressed ones in their compressed form."""
-    sparse = [(name, module) for name, module in model.named_modules() if isinstance(module, SparseLayer)]
+    sparse = [(name, module) for name, module in model.named_modules() if isinstance(module, SparseLayer | VectorLayer)]
     inside = tuple(f"{name}." for name, _ in sparse)
     plain: list[Tensor] = [value for name, value in model.named_parameters() if not name.startswith(inside)]
     plain += [module.bias for _, module in sparse if module.bias is not None]
@@ -408,14 +415,20 @@ def _layers(
     executors: Sequence[Executor],
     batch: int,
     executed: Sequence[Executed],
+    seconds: Mapping[str, Mapping[str, Quartiles]],
 ) -> list[LayerResult]:
+    """Every layer with its times: those that its way was chosen by, where it was chosen; else measured here."""
     ran = {entry.name: entry for entry in executed}
+    known: dict[tuple[object, ...], Mapping[str, Quartiles]] = {}
     found = []
     for layer in prepared.layers():
         if not layer.inputs:
             continue
         ways, reason = ways_of(layer, executors)
-        taken = time_layer(layer, ways, batch, setup.dtype, setup.device, setup.rounds, setup.seconds)
+        same = work_of(layer, ways)
+        if layer.name not in seconds and same not in known:
+            times = time_layer(layer, ways, batch, setup.dtype, setup.device, setup.rounds, setup.seconds)
+            known[same] = {name: value.quartiles for name, value in times.items()}
         shapes = [
             ((batch * i[0], *i[1:]), (batch * o[0], *o[1:])) for i, o in zip(layer.inputs, layer.outputs, strict=True)
         ]
@@ -430,7 +443,7 @@ def _layers(
                 reason=entry.reason if entry else reason,
                 operations=sum(int(part.operations) for part in work),
                 moved_bytes=sum(int(part.moved) for part in work),
-                times={name: times.quartiles for name, times in taken.items()},
+                times=seconds[layer.name] if layer.name in seconds else known[same],
             )
         )
     return found
@@ -456,13 +469,18 @@ def _verdict(
     layers: Sequence[LayerResult],
     executors: Sequence[Executor],
     device: torch.device,
+    plans: Sequence[Plan] = (),
 ) -> str:
     if not results:
         return "nothing was measured"
     if not any(executor.measured for executor in executors):
         return f"nothing sparse was measured: {device} has no sparse kernel here"
     parts = []
+    all_dense = {plan.key.batch for plan in plans if set(plan.choices.values()) <= {DENSE}}
     for result in results:
+        if result.batch in all_dense:  # both sides are the same model: any difference is noise
+            parts.append(f"batch {result.batch}: nothing is faster sparse, so that everything runs dense")
+            continue
         ratio = result.speedup or 1.0
         word = "faster" if ratio - 1 > result.spread else "slower" if 1 - ratio > result.spread else "level"
         parts.append(f"batch {result.batch}: sparse is {word} ({ratio:.2f}x, spread {result.spread:.1%})")

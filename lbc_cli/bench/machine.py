@@ -38,8 +38,12 @@ def _gpu_clocks(device: torch.device) -> dict[str, str]:
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return {}
-    index = device.index if device.index is not None else torch.cuda.current_device()
-    command = [tool, f"--id={index}", f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+    # Not by number: CUDA_VISIBLE_DEVICES renumbers for torch, and not for this tool.
+    unit = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    command = [tool, f"--id={unit}", f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
     values = [value.strip() for value in done.stdout.strip().split(",")]
     return dict(zip(_QUERY, values, strict=True)) if done.returncode == 0 and len(values) == len(_QUERY) else {}

@@ -79,9 +79,10 @@ def bench(
         _train(console, as_json, source, common, step)
         return
     options = {"dtype": dtype, "runtime": runtime, "modes": modes, "rounds": rounds, "per_layer": layers}
+    _check_source(source, {"--pattern": pattern, "--vector": vector})
     setup = _inference_setup(source, common, {**options, "estimate": estimate})
-    if tune and not Path(source).is_file():
-        raise UsageError(f"--tune stores its choices beside a file: {source} is none")
+    if tune:
+        _check_tune(source, setup)
     _inference(console, setup, as_json=as_json, plot=plot, tune=tune)
 
 
@@ -89,6 +90,29 @@ def _refuse(options: Mapping[str, Any], belongs: str) -> None:
     given = [name for name, value in options.items() if value is not None]
     if given:
         raise UsageError(f"{', '.join(given)} belongs to {belongs}")
+
+
+def _check_source(source: str, options: Mapping[str, Any]) -> None:
+    """Refuse a path where nothing is, and patterns for a file, which has its own."""
+    path = Path(source)
+    if path.exists():
+        _refuse(options, f"a model by name: what {source} holds is in the file")
+    elif (len(path.parts) > 1 and ":" not in source) or path.suffix in (".safetensors", ".pt", ".pth", ".bin", ".onnx"):
+        raise UsageError(f"{source}: no such file")
+
+
+def _check_tune(source: str, setup: InferenceSetup) -> None:
+    """Refuse before hours of measuring what could not be stored after them."""
+    from lbc_cli.runtime.executors import choose_executors, usable_executors
+
+    if not Path(source).is_file():
+        raise UsageError(f"--tune stores its choices beside a file: {source} is none")
+    if not setup.per_layer:
+        raise UsageError("--tune chooses by the times of every layer: drop --no-layers")
+    place = setup.device, setup.dtype
+    found = choose_executors(setup.runtime, *place) if setup.runtime else usable_executors(*place)
+    if not setup.measure or not any(executor.measured for executor in found):
+        raise UsageError(f"--tune: {setup.device} has no sparse kernel in {setup.dtype} here: nothing to choose from")
 
 
 def _batches(text: str) -> tuple[int, ...]:
@@ -166,8 +190,6 @@ def _inference(console: Console, setup: InferenceSetup, *, as_json: bool, plot: 
     from lbc_cli.runtime.tune import save_plan
 
     result = inference_bench(setup, console.info)
-    if tune and not result.plans:
-        raise UsageError(f"nothing to tune: {result.verdict}")
     for plan in result.plans if tune else ():
         console.info(f"{save_plan(setup.source, plan)}: batch {plan.key.batch}: {plan.verdict}")
     console.json(result.as_dict()) if as_json else print_bench(console, result)

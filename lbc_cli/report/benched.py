@@ -36,7 +36,7 @@ def print_bench(console: Console, bench: InferenceBench) -> None:
 
 def format_bench(bench: InferenceBench) -> list[RenderableType]:
     """A bench as tables: end to end, per layer, estimates, and what follows in words."""
-    parts: list[RenderableType] = [f"Inference: {bench.setup.source} · {bench.setup.pattern}", _facts(bench)]
+    parts: list[RenderableType] = [f"Inference: {bench.setup.source} · {bench.pattern}", _facts(bench)]
     if bench.batches:
         parts.append(_end_to_end(bench.batches))
     if bench.layers:
@@ -50,7 +50,7 @@ def format_bench(bench: InferenceBench) -> list[RenderableType]:
 
 def _facts(bench: InferenceBench) -> RenderableType:
     found = bench.environment
-    hardware = found["gpus"][0] if bench.setup.device.type == "cuda" else f"{found['cpu']}, {found['threads']} threads"
+    hardware = _hardware(bench)
     height, width = bench.image_size
     facts = {
         "images": f"{height} x {width} pixels",
@@ -58,10 +58,18 @@ def _facts(bench: InferenceBench) -> RenderableType:
         "fusion": f"{bench.folded} batch norms folded, on both sides",
         "kernels": ", ".join(bench.executors) or "none sparse",
         "peak": f"{format_count(bench.measured_peak)}FLOP/s, a large matrix product" if bench.measured_peak else "",
-        "hardware": str(hardware),
+        "hardware": hardware,
         "versions": f"lbc {found['lbc']}, torch {found['torch']}, timm {found['timm']}",
     }
     return format_facts({name: value for name, value in facts.items() if value})
+
+
+def _hardware(bench: InferenceBench) -> str:
+    """The GPU that was measured, or the CPU and its threads."""
+    found, device = bench.environment, bench.setup.device
+    if device.type == "cuda":
+        return str(found["gpus"][device.index or 0])
+    return f"{found['cpu']}, {found['threads']} threads"
 
 
 def _end_to_end(batches: Sequence[BatchResult]) -> RenderableType:
@@ -212,7 +220,7 @@ def _png(bench: InferenceBench) -> bytes:
         _draw_throughput(panels[0], bench)
         if able:
             _draw_layers(panels[1], able)
-        figure.suptitle(f"{bench.setup.source} · {bench.setup.pattern}", x=0.012, ha="left", fontweight="bold")
+        figure.suptitle(f"{bench.setup.source} · {bench.pattern}", x=0.012, ha="left", fontweight="bold")
         figure.supxlabel(_footnote(bench), x=0.012, ha="left", fontsize=7.5, color=GREY)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", metadata={"Software": None})
@@ -221,7 +229,7 @@ def _png(bench: InferenceBench) -> bytes:
 
 def _footnote(bench: InferenceBench) -> str:
     found = bench.environment
-    hardware = found["gpus"][0] if bench.setup.device.type == "cuda" else f"{found['cpu']}, {found['threads']} threads"
+    hardware = _hardware(bench)
     dtype = str(bench.setup.dtype).removeprefix("torch.")
     warning = "; ".join(note for note in bench.notes if note.startswith(("the reference", "no sparse")))
     return f"{hardware}, torch {found['torch']}, {dtype}, medians" + (f"; {warning}" if warning else "")

@@ -9,12 +9,15 @@ than dense, and says so.
 
 from __future__ import annotations
 
-from typing import Protocol
+import copy
+from collections.abc import Callable
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lbc_cli.errors import UsageError
 from lbc_cli.patterns import Pattern
 from lbc_cli.runtime.matrix import Pair
 
@@ -120,17 +123,41 @@ class Reference:
 
 
 class SemiStructuredOperand(Operand):
-    """One of torch's semi-structured tensors, with the linear operator that torch dispatches for it."""
+    """One of torch's semi-structured tensors, with the linear operator that torch dispatches for it.
+
+    It stays on the device and in the dtype that it was compressed for; copies share it.
+    """
 
     def __init__(self, matrix: Tensor, kind: type[Tensor]) -> None:
         super().__init__()
         self.rows, self.columns = matrix.shape
         compressed = kind.from_dense(matrix)  # type: ignore[attr-defined]
+        # Torch before 2.11 writes results transposed unless told so, which costs a copy each; later ones never do.
+        compressed.fuse_transpose_cusparselt = True
         self.weight = nn.Parameter(compressed, requires_grad=False)
 
     def forward(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
         """[n, columns] to [n, rows]."""
-        return functional.linear(inputs, self.weight, bias)
+        if inputs.shape[0] == 0:  # the kernels take no empty matrices
+            return inputs.new_empty(0, self.rows)
+        return functional.linear(inputs, self.weight, bias).contiguous()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy with the same compressed tensor: nothing writes to it, and not every torch can copy it."""
+        clone = copy.copy(self)
+        clone._parameters = dict(self._parameters)
+        return clone
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Refuse what torch cannot do to compressed tensors, and fails at in ways of its own."""
+        probe = torch.empty(0, dtype=self.weight.dtype, device=self.weight.device)
+        moved = fn(probe)
+        if (moved.dtype, moved.device) != (probe.dtype, probe.device):
+            raise UsageError(
+                f"compressed weights stay in {probe.dtype} on {probe.device}, asked for {moved.dtype} on "
+                f"{moved.device}: load the model again with dtype= and device="
+            )
+        return self
 
     def dense(self) -> Tensor:
         """The matrix, from the kernel itself."""
@@ -175,10 +202,20 @@ class _SemiStructured:
 
 
 class Cutlass(_SemiStructured):
-    """2:4 kernels of CUTLASS, compiled into torch."""
+    """2:4 kernels of CUTLASS, compiled into torch for Ampere and Ada alone."""
 
     name = "cutlass"
     _multiples = {torch.float16: (32, 64), torch.bfloat16: (32, 64)}  # noqa: RUF012
+
+    def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why it cannot run there, None if it can."""
+        if reason := super().why_not(device, dtype):
+            return reason
+        major, minor = torch.cuda.get_device_capability(device)
+        if major == 8:
+            return None
+        named = torch.cuda.get_device_name(device)
+        return f"torch's {self.name} 2:4 kernels are for compute capability 8.x, {named} has {major}.{minor}"
 
     def _kind(self) -> type[Tensor]:
         return torch.sparse.SparseSemiStructuredTensorCUTLASS

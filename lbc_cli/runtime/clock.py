@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -68,18 +69,36 @@ def interleaved(
         raise UsageError(f"CUDA graphs need a CUDA device, not {device.type}")
     if rounds < 1 or warmup < 0:
         raise UsageError(f"rounds = {rounds}, warmup = {warmup}: at least 1 and 0 are needed")
-    for call in calls.values():
-        for _ in range(warmup):
-            call()
-    timed = {name: _captured(call) if graphs else call for name, call in calls.items()}
     taken: dict[str, list[float]] = {name: [] for name in calls}
-    end = None if seconds is None else time.perf_counter() + seconds
-    for number in range(rounds):
-        for name, call in timed.items():
-            taken[name].append(_time(call, device))
-        if end is not None and number >= 2 and time.perf_counter() > end:
-            break
+    with _current(device):
+        for call in calls.values():
+            for _ in range(warmup):
+                call()
+        timed = {name: _captured(call) if graphs else call for name, call in calls.items()}
+        end = None if seconds is None else time.perf_counter() + seconds
+        for number in range(rounds):
+            for name, call in timed.items():
+                taken[name].append(_time(call, device))
+            if end is not None and number >= 2 and time.perf_counter() > end:
+                break
     return {name: Times(tuple(values)) for name, values in taken.items()}
+
+
+@contextmanager
+def _current(device: torch.device) -> Iterator[None]:
+    """On a GPU: events and graphs belong to the current device, and cuDNN measures its kernels instead of guessing.
+
+    A dense convolution that cuDNN guesses badly would flatter the sparse one beside it.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+    try:
+        with torch.cuda.device(device):
+            yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def _time(call: Call, device: torch.device) -> float:

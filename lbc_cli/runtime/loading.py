@@ -17,7 +17,7 @@ from lbc_cli.errors import CheckpointError, UsageError
 from lbc_cli.patterns import Pattern
 from lbc_cli.runtime.backends import TWO_FOUR
 from lbc_cli.runtime.convert import Executed
-from lbc_cli.runtime.executors import RUNTIMES, choose_executors, why_not_24
+from lbc_cli.runtime.executors import RUNTIMES, choose_executors, usable_executors, why_not_24
 from lbc_cli.runtime.layer import Layer, find_layers
 from lbc_cli.runtime.prepare import Prepared, prepare
 from lbc_cli.runtime.tune import find_plan, key_for, plan_file
@@ -51,7 +51,8 @@ def load(
         dtype: of weights and activations; None: the file's.
         backend: of the runtime: "cutlass" or "cusparselt"; None: the first that runs here, cuSPARSELt before CUTLASS.
         choices: layer name -> "dense" or a variant; None: every layer that can runs sparse.
-        tuned_for: take the choices that were measured for this batch, from the plan beside the file.
+        tuned_for: take the choices that were measured for this batch, from the plan beside the file; whatever
+            runtime was the fastest for a layer.
         fold: fold batch norms into convolutions; only with a runtime.
         image_size: side in pixels for the look at the model; 0: its own.
         check_digests: compare the SHA-256 of every tensor.
@@ -71,11 +72,15 @@ def load(
             raise UsageError(f"{extra[0]} needs a runtime: one of {', '.join(RUNTIMES)}")
         filled = weights.load(path, model=model, device=device, check_digests=check_digests)
         return filled if dtype is None else filled.to(dtype)
-    executors = choose_executors(runtime, place, dtype or torch.float32, backend)
+    if dtype is not None:
+        choose_executors(runtime, place, dtype, backend)  # what cannot run is said before the file is read
     prepared = open_model(path, model=model, fold=fold, image_size=image_size, check_digests=check_digests)
     kind = dtype or next(prepared.model.parameters()).dtype
+    executors = choose_executors(runtime, place, kind, backend)
     if tuned_for is not None:
         choices = _measured(path, prepared, choices, batch=tuned_for, dtype=kind, device=place)
+        # All that runs here has competed: the fastest way of a layer may be another runtime's.
+        executors += [executor for executor in usable_executors(place, kind) if executor not in executors]
     converted, report = prepared.sparse(executors, dtype=kind, device=place, choices=choices)
     setattr(converted, _REPORT, tuple(report))
     return converted
@@ -102,8 +107,9 @@ def _measured(
     plan = find_plan(path, key)
     if plan is None:
         raise UsageError(
-            f"{plan_file(path)} has no plan for batch {batch}, {key.dtype} on {key.device} with torch {key.torch}: "
-            f"measure one with `lbc bench {path} --tune --batch {batch}`"
+            f"{plan_file(path)} has no plan for batch {batch}, {key.image_size[0]} x {key.image_size[1]} pixels, "
+            f"{key.dtype} on {key.device} with torch {key.torch}: measure one with "
+            f"`lbc bench {path} --tune --batch {batch} --dtype {key.dtype}`"
         )
     return plan.choices
 

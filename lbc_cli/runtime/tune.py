@@ -117,7 +117,7 @@ def tune(
         ways, _ = ways_of(layer, executors)
         if not ways:
             continue
-        same = (layer.shape, layer.pattern, layer.inputs, tuple(ways), _settings(layer.module))
+        same = work_of(layer, ways)
         if same not in known:  # layers of one shape take one time: a ViT has four
             known[same] = time_layer(layer, ways, batch, dtype, device, rounds, seconds)
         taken[layer.name] = known[same]
@@ -144,8 +144,10 @@ def fastest(times: Mapping[str, Times]) -> str:
     return best if best != DENSE and times[best].clearly_below(times[DENSE]) else DENSE
 
 
-def _settings(module: nn.Module) -> tuple[object, ...]:
-    return tuple(str(getattr(module, name, None)) for name in ("stride", "padding", "dilation"))
+def work_of(layer: Layer, ways: Mapping[str, Executor]) -> tuple[object, ...]:
+    """What the times of a layer depend on: equal for layers that take the same time."""
+    settings = [str(getattr(layer.module, name, None)) for name in ("stride", "padding", "dilation", "groups")]
+    return (layer.shape, layer.pattern, layer.inputs, tuple(ways), *settings)
 
 
 def _line(layer: Layer, times: Mapping[str, Times]) -> str:
@@ -178,7 +180,9 @@ def dense_module(layer: Layer, *, dtype: torch.dtype, device: torch.device) -> n
 
 def example(shape: Shape, batch: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Random input of a layer for a batch, channels last; `shape` is that for one image."""
-    values = torch.randn((shape[0] * batch, *shape[1:]), generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    # Made where it is needed: a large batch takes a CPU longer than what is timed.
+    generator = torch.Generator(device).manual_seed(0)
+    values = torch.randn((shape[0] * batch, *shape[1:]), generator=generator, device=device).to(dtype)
     return values.contiguous(memory_format=torch.channels_last) if values.dim() == 4 else values
 
 
