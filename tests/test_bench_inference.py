@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from lbc_cli.bench import inference as module
-from lbc_cli.bench.inference import InferenceBench, InferenceSetup, Side, inference_bench, open_source, weight_bytes
+from lbc_cli.bench import results
+from lbc_cli.bench.inference import inference_bench, open_source, weight_bytes
 from lbc_cli.bench.machine import clocks, measured_peak
+from lbc_cli.bench.results import InferenceBench, InferenceSetup, Side
 from lbc_cli.checkpoint import save
 from lbc_cli.errors import UsageError, VerificationError
 from lbc_cli.report import Console
@@ -74,7 +76,7 @@ def test_json_holds_everything_that_its_documentation_names(result: InferenceBen
         "schema", "source", "pattern", "device", "dtype", "image_size", "folded", "executors", "measured_peak",
         "environment", "notes", "batches", "layers", "verdict", "estimate",
     }  # fmt: skip
-    assert all(f"{name}" in (module.__doc__ or "") for name in record)
+    assert all(f"{name}" in (results.__doc__ or "") for name in record)
     assert set(record["batches"][0]) == {"batch", "difference", "sides", "speedup", "spread"}
     assert set(record["batches"][0]["sides"]["dense"]) == {
         "mode", "quartiles", "images_per_second", "peak_bytes", "weight_bytes", "modes",
@@ -123,10 +125,10 @@ def test_the_verdict_names_who_is_faster() -> None:
         return Side("eager", (median, median, median), 1 / median, None, 1, {})
 
     sides = {"dense": side(2.0), "sparse": side(1.0)}
-    found = module.BatchResult(8, 0.0, sides)
+    found = results.BatchResult(8, 0.0, sides)
     executor = type("Fast", (), {"measured": True})()
     assert module._verdict([found], [], [executor], CPU) == "batch 8: sparse is faster (2.00x, spread 0.0%)"
-    slower = module.BatchResult(1, 0.0, {"dense": side(1.0), "sparse": side(2.0)})
+    slower = results.BatchResult(1, 0.0, {"dense": side(1.0), "sparse": side(2.0)})
     assert "slower (0.50x" in module._verdict([slower], [], [executor], CPU)
 
 
@@ -267,7 +269,7 @@ def test_two_dense_sides_are_not_compared_in_words() -> None:
     plan = Plan(key_for(prepared, batch=8, dtype=torch.float32, device=CPU), {"a": "dense"}, {}, {}, "")
     sides = {name: Side("eager", (t, t, t), 1 / t, None, 1, {}) for name, t in {"dense": 1.0, "sparse": 2.0}.items()}
     executor = type("Fast", (), {"measured": True})()
-    found = module._verdict([module.BatchResult(8, 0.0, sides)], [], [executor], CPU, [plan])
+    found = module._verdict([results.BatchResult(8, 0.0, sides)], [], [executor], CPU, [plan])
     assert found == "batch 8: nothing is faster sparse, so that everything runs dense"
 
 

@@ -18,6 +18,7 @@ from lbc_cli.runtime import loading
 from lbc_cli.runtime import tune as module
 from lbc_cli.runtime.clock import Times, interleaved
 from lbc_cli.runtime.executors import EXECUTORS
+from lbc_cli.runtime.layers import SparseConv2d
 from lbc_cli.runtime.loading import identity, open_model
 from lbc_cli.runtime.prepare import Prepared, prepare
 from lbc_cli.runtime.tune import Plan, fastest, find_plan, key_for, plan_file, read_plans, save_plan, tune
@@ -102,6 +103,27 @@ def test_faster_variants_are_chosen_layer_by_layer(prepared: Prepared, monkeypat
         assert relative(converted(sample), prepared.model(sample)) <= 1e-5
 
 
+def test_a_kernel_that_cannot_run_a_layer_is_named_and_left_out(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = SparseConv2d.forward
+
+    def picky(self: SparseConv2d, images: torch.Tensor) -> torch.Tensor:
+        if self.form == "shifts":
+            raise RuntimeError("cuSPARSELt: not supported\nfor this shape")
+        return forward(self, images)
+
+    monkeypatch.setattr(SparseConv2d, "forward", picky)
+    scripted(monkeypatch, lambda name: times(*[{"dense": 1.0}.get(name, 0.5)] * 3))
+    plan = run(prepared)
+    assert {why for ways in plan.failed.values() for why in ways.values()} == {
+        "cuSPARSELt: not supported for this shape"
+    }
+    assert all(set(ways) == {"reference:shifts"} for ways in plan.failed.values())
+    assert all("reference:shifts" not in ways for ways in plan.seconds.values())
+    assert "reference:shifts" not in plan.choices.values()
+
+
 def test_a_model_that_is_not_faster_stays_dense(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     scripted(monkeypatch, lambda name: times(2, 2, 2) if name in ("dense", "tuned") else times(1, 1, 1))
     plan = run(prepared)
@@ -125,7 +147,7 @@ def test_plans_come_back_and_hold_for_their_key_only(
     save_plan(file, plan)
     assert sorted(entry.key.batch for entry in read_plans(file)) == [2, 8]
     assert set(json.loads(plan_file(file).read_text())["plans"][0]) == {
-        "key", "choices", "seconds", "model", "verdict",
+        "key", "choices", "seconds", "model", "verdict", "failed",
     }  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Measuring, and estimating where nothing could be measured.
 
     training    a training step with a method beside a dense one
+    inference   a model dense beside sparse; results: what it gives back; machine: peak and clocks
     roofline    what datasheets allow: estimates, marked as such, for GPUs that are not at hand; from
     datasheets      rates of GPUs
     work            what a layer computes and moves, dense and sparse

@@ -13,7 +13,7 @@ from lbc_cli.cli.options import AsJson, Device, PatternText, Quiet, Vector
 from lbc_cli.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
-    from lbc_cli.bench.inference import InferenceSetup
+    from lbc_cli.bench.results import InferenceSetup
     from lbc_cli.report import Console
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -158,7 +158,7 @@ def _train(console: Console, as_json: bool, model: str, common: Mapping[str, Any
 def _inference_setup(source: str, common: Mapping[str, Any], options: Mapping[str, Any]) -> InferenceSetup:
     import torch
 
-    from lbc_cli.bench.inference import MODES, InferenceSetup
+    from lbc_cli.bench.results import MODES, InferenceSetup
     from lbc_cli.training import choose_device
 
     device = choose_device(common["device"] or "auto")

@@ -25,7 +25,7 @@ from lbc_cli.report.tables import Columns, format_facts, table
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from lbc_cli.bench.inference import BatchResult, InferenceBench, LayerResult
+    from lbc_cli.bench.results import BatchResult, InferenceBench, LayerResult
     from lbc_cli.bench.roofline import Estimate
 
 

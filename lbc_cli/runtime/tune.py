@@ -6,7 +6,8 @@ kept, and the plan says so. Plans stand in a JSON file beside the model:
 
     {"schema": 1, "plans": [{"key": {"device", "torch", "dtype", "batch", "image_size", "weights"},
                              "choices": {layer: variant}, "seconds": {layer: {variant: [q1, median, q3]}},
-                             "model": {"dense": [q1, median, q3], "tuned": [...]}, "verdict": sentence}]}
+                             "model": {"dense": [q1, median, q3], "tuned": [...]}, "verdict": sentence,
+                             "failed": {layer: {variant: why}}}]}
 
 `weights` is the SHA-256 of the checkpoint's manifest. A plan is used only where its whole key is equal: times of
 another GPU, torch, dtype or shape say nothing.
@@ -19,7 +20,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,8 @@ class Plan:
     """The whole model, "dense" and "tuned"; only "dense" where no layer is faster sparse."""
     verdict: str
     """One sentence."""
+    failed: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Layer -> variant -> why its kernel cannot run it; such a variant has no times and is never chosen."""
 
 
 def device_name(device: torch.device) -> str:
@@ -112,7 +115,8 @@ def tune(
         progress: told a line per layer.
     """
     taken: dict[str, dict[str, Times]] = {}
-    known: dict[tuple[object, ...], dict[str, Times]] = {}
+    failed: dict[str, dict[str, str]] = {}
+    known: dict[tuple[object, ...], tuple[dict[str, Times], dict[str, str]]] = {}
     for layer in prepared.layers():
         ways, _ = ways_of(layer, executors)
         if not ways:
@@ -120,8 +124,10 @@ def tune(
         same = work_of(layer, ways)
         if same not in known:  # layers of one shape take one time: a ViT has four
             known[same] = time_layer(layer, ways, batch, dtype, device, rounds, seconds)
-        taken[layer.name] = known[same]
-        progress(_line(layer, taken[layer.name]))
+        taken[layer.name], refused = known[same]
+        if refused:
+            failed[layer.name] = refused
+        progress(_line(layer, taken[layer.name], refused))
     choices = {name: fastest(times) for name, times in taken.items()}
     model = _time_model(prepared, executors, choices, batch, dtype, device, rounds, seconds)
     sparse = sum(choice != DENSE for choice in choices.values())
@@ -135,6 +141,7 @@ def tune(
         seconds={name: {way: times.quartiles for way, times in ways.items()} for name, ways in taken.items()},
         model={name: times.quartiles for name, times in model.items()},
         verdict=verdict,
+        failed=failed,
     )
 
 
@@ -150,9 +157,10 @@ def work_of(layer: Layer, ways: Mapping[str, Executor]) -> tuple[object, ...]:
     return (layer.shape, layer.pattern, layer.inputs, tuple(ways), *settings)
 
 
-def _line(layer: Layer, times: Mapping[str, Times]) -> str:
-    listed = ", ".join(f"{name} {1e6 * value.median:.1f} us" for name, value in times.items())
-    return f"{layer.name}: {listed}"
+def _line(layer: Layer, times: Mapping[str, Times], refused: Mapping[str, str]) -> str:
+    parts = [f"{name} {1e6 * value.median:.1f} us" for name, value in times.items()]
+    parts += [f"{name} cannot run ({why})" for name, why in refused.items()]
+    return f"{layer.name}: {', '.join(parts)}"
 
 
 def time_layer(
@@ -163,14 +171,28 @@ def time_layer(
     device: torch.device,
     rounds: int,
     seconds: float,
-) -> dict[str, Times]:
-    """Time a layer as dense and as each of its variants, on inputs for a batch."""
-    modules = {DENSE: dense_module(layer, dtype=dtype, device=device)}
-    modules |= {name: executor.build(layer, name, dtype=dtype, device=device) for name, executor in ways.items()}
+) -> tuple[dict[str, Times], dict[str, str]]:
+    """Time a layer as dense and as each of its variants, on inputs for a batch.
+
+    Returns:
+        Times by variant; and the variants that cannot run this layer, with the kernel's own reason.
+    """
     inputs = [example(shape, batch, dtype, device) for shape in layer.inputs]
-    calls = {name: partial(_run, module, inputs) for name, module in modules.items()}
+    calls = {DENSE: partial(_run, dense_module(layer, dtype=dtype, device=device), inputs)}
+    refused: dict[str, str] = {}
     with torch.inference_mode():
-        return interleaved(calls, device, rounds=rounds, graphs=device.type == "cuda", seconds=seconds)
+        for name, executor in ways.items():
+            try:
+                call = partial(_run, executor.build(layer, name, dtype=dtype, device=device), inputs)
+                call()
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except (RuntimeError, NotImplementedError) as error:  # libraries say only when asked what they cannot do
+                refused[name] = " ".join(str(error).split())[:200]
+            else:
+                calls[name] = call
+        graphs = device.type == "cuda"
+        return interleaved(calls, device, rounds=rounds, graphs=graphs, seconds=seconds), refused
 
 
 def dense_module(layer: Layer, *, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -261,7 +283,8 @@ def _parse(entry: dict[str, Any]) -> Plan:
     fields["image_size"] = tuple(fields["image_size"])
     seconds = {name: {way: _three(q) for way, q in ways.items()} for name, ways in entry["seconds"].items()}
     model = {name: _three(q) for name, q in entry["model"].items()}
-    return Plan(Key(**fields), dict(entry["choices"]), seconds, model, str(entry["verdict"]))
+    failed = {name: dict(ways) for name, ways in entry["failed"].items()}
+    return Plan(Key(**fields), dict(entry["choices"]), seconds, model, str(entry["verdict"]), failed)
 
 
 def _three(values: Sequence[float]) -> Quartiles:
