@@ -29,7 +29,7 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -49,6 +49,10 @@ from lbc_cli.errors import CheckpointError
 VERSION = 1
 VALUES, INDEX = ".nm_values", ".nm_index"
 PHASES = ("final", "training")
+_TOP = (
+    "version", "model", "sparse", "unstructured", "tensors", "method", "phase", "epoch", "metrics", "recipe",
+    "environment",
+)  # fmt: skip
 _METADATA = ("format", "lbc", "lbc.sha256")
 _PATTERN = re.compile("([1-9][0-9]?):([1-9][0-9]?)")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -230,42 +234,47 @@ def parse_manifest(header: Header) -> Manifest:
 
 
 def _from_json(parsed: Any) -> Manifest:
-    top = _members(
-        parsed,
-        "the manifest",
-        "version model sparse unstructured tensors method phase epoch metrics recipe environment",
-    )
-    model = _members(top["model"], "model", "arch kwargs task")
-    tensors = {name: _stored(name, entry) for name, entry in _typed(top["tensors"], dict, "tensors").items()}
-    sparse = {name: _sparse(name, entry) for name, entry in _typed(top["sparse"], dict, "sparse").items()}
-    unstructured = _typed(top["unstructured"], dict, "unstructured")
+    top = members_of(parsed, "the top", _TOP)
+    model = members_of(top["model"], "model", {"arch", "kwargs", "task"})
+    tensors = {name: _stored(name, entry) for name, entry in typed(top["tensors"], dict, "tensors").items()}
+    sparse = {name: _sparse(name, entry) for name, entry in typed(top["sparse"], dict, "sparse").items()}
+    unstructured = typed(top["unstructured"], dict, "unstructured")
     if type(top["version"]) is not int:
         raise CheckpointError("the manifest's version is not an integer")
     return Manifest(
-        arch=_typed(model["arch"], str, "model.arch", optional=True),
-        kwargs=_typed(model["kwargs"], dict, "model.kwargs"),
-        task=_typed(model["task"], str, "model.task", optional=True),
+        arch=typed(model["arch"], str, "model.arch", optional=True),
+        kwargs=typed(model["kwargs"], dict, "model.kwargs"),
+        task=typed(model["task"], str, "model.task", optional=True),
         sparse=sparse,
-        unstructured={name: _typed(count, int, f"unstructured.{name}") for name, count in unstructured.items()},
+        unstructured={name: typed(count, int, f"unstructured.{name}") for name, count in unstructured.items()},
         tensors=tensors,
-        method=_typed(top["method"], str, "method"),
+        method=typed(top["method"], str, "method"),
         phase=_phase(top["phase"]),
-        epoch=_typed(top["epoch"], int, "epoch", optional=True),
-        metrics=_typed(top["metrics"], dict, "metrics"),
-        recipe=_typed(top["recipe"], str, "recipe"),
-        environment=_typed(top["environment"], dict, "environment"),
+        epoch=typed(top["epoch"], int, "epoch", optional=True),
+        metrics=typed(top["metrics"], dict, "metrics"),
+        recipe=typed(top["recipe"], str, "recipe"),
+        environment=typed(top["environment"], dict, "environment"),
     )
 
 
-def _members(value: Any, what: str, names: str) -> dict[str, Any]:
-    expected = set(names.split())
-    if not isinstance(value, dict) or set(value) != expected:
+def members_of(value: Any, what: str, expected: Collection[str]) -> dict[str, Any]:
+    """An object of a manifest that has exactly the members expected.
+
+    Raises:
+        CheckpointError: if it is none, or has others.
+    """
+    if not isinstance(value, dict) or set(value) != set(expected):
         found = sorted(value)[:16] if isinstance(value, dict) else type(value).__name__
         raise CheckpointError(f"{what} of the manifest has the members {found}: needs exactly {sorted(expected)}")
     return value
 
 
-def _typed(value: Any, kind: type, what: str, *, optional: bool = False) -> Any:
+def typed(value: Any, kind: type, what: str, *, optional: bool = False) -> Any:
+    """A value of a manifest that has exactly the type expected (true is no integer), or is null where that may be.
+
+    Raises:
+        CheckpointError: if not.
+    """
     if (optional and value is None) or type(value) is kind:
         return value
     raise CheckpointError(f"the manifest's {what} is a {type(value).__name__}: must be a {kind.__name__}")
@@ -278,18 +287,18 @@ def _phase(value: Any) -> Literal["final", "training"]:
 
 
 def _stored(name: str, entry: Any) -> Stored:
-    members = _members(entry, f"tensors.{name}", "dtype shape sha256")
-    digest = _typed(members["sha256"], str, f"tensors.{name}.sha256")
+    members = members_of(entry, f"tensors.{name}", {"dtype", "shape", "sha256"})
+    digest = typed(members["sha256"], str, f"tensors.{name}.sha256")
     if not _DIGEST.fullmatch(digest):
         raise CheckpointError(f"tensor {name}: the manifest's sha256 is not 64 lower-case hex digits")
     return Stored(TensorInfo(check_dtype(members["dtype"], name), check_shape(members["shape"], name)), digest)
 
 
 def _sparse(name: str, entry: Any) -> Sparse:
-    members = _members(entry, f"sparse.{name}", "pattern vector shape dtype")
-    match = _PATTERN.fullmatch(_typed(members["pattern"], str, f"sparse.{name}.pattern"))
+    members = members_of(entry, f"sparse.{name}", {"pattern", "vector", "shape", "dtype"})
+    match = _PATTERN.fullmatch(typed(members["pattern"], str, f"sparse.{name}.pattern"))
     n, m = (int(match[1]), int(match[2])) if match else (0, 0)
-    vector = _typed(members["vector"], int, f"sparse.{name}.vector")
+    vector = typed(members["vector"], int, f"sparse.{name}.vector")
     if not 1 <= n < m <= _MAX_M or vector < 1:
         raise CheckpointError(
             f"tensor {name}: pattern {members['pattern']!r} with vector {vector}: needs 1 <= N < M <= {_MAX_M}, V >= 1"

@@ -18,7 +18,7 @@ from lbc_cli.checkpoint.container import (
     check_shape,
     opened,
 )
-from lbc_cli.checkpoint.manifest import check_depth, check_digest, finite_json, sha256
+from lbc_cli.checkpoint.manifest import check_depth, check_digest, finite_json, members_of, sha256, typed
 from lbc_cli.errors import CheckpointError
 
 VERSION = 1
@@ -145,20 +145,20 @@ def parse_manifest(header: Header) -> Manifest:
     check_metadata_keys(header.metadata, ("format", KEY, DIGEST_KEY), "a semi-structured file of lbc")
     parsed = check_digest(header.metadata, KEY, DIGEST_KEY)
     check_depth(parsed)
-    top = _members(parsed, "the manifest", _TOP)
+    top = members_of(parsed, "the top", _TOP)
     if type(top["version"]) is not int or top["version"] != VERSION or top["layout"] != LAYOUT:
         raise CheckpointError(
             f"is a semi-structured file of version {str(top['version'])[:20]}, layout {str(top['layout'])[:20]!r}: "
             f"this lbc reads {VERSION}, {LAYOUT!r}; update lbc"
         )
-    model = _members(top["model"], "model", {"arch", "kwargs", "task"})
-    digests = {name: _stored(name, entry, header) for name, entry in _typed(top["tensors"], dict, "tensors").items()}
+    model = members_of(top["model"], "model", {"arch", "kwargs", "task"})
+    digests = {name: _stored(name, entry, header) for name, entry in typed(top["tensors"], dict, "tensors").items()}
     manifest = Manifest(
-        arch=_typed(model["arch"], str, "model.arch", optional=True),
-        kwargs=_typed(model["kwargs"], dict, "model.kwargs"),
-        task=_typed(model["task"], str, "model.task", optional=True),
-        layers={name: _layer(name, entry) for name, entry in _typed(top["layers"], dict, "layers").items()},
-        dense={name: _dense(name, entry, header) for name, entry in _typed(top["dense"], dict, "dense").items()},
+        arch=typed(model["arch"], str, "model.arch", optional=True),
+        kwargs=typed(model["kwargs"], dict, "model.kwargs"),
+        task=typed(model["task"], str, "model.task", optional=True),
+        layers={name: _layer(name, entry) for name, entry in typed(top["layers"], dict, "layers").items()},
+        dense={name: _dense(name, entry, header) for name, entry in typed(top["dense"], dict, "dense").items()},
         rounded_from=_dtypes(top["rounded_from"]),
         infos=header.tensors,
         digests=digests,
@@ -168,32 +168,19 @@ def parse_manifest(header: Header) -> Manifest:
     return manifest
 
 
-def _members(value: Any, what: str, expected: set[str]) -> dict[str, Any]:
-    if not isinstance(value, dict) or set(value) != expected:
-        found = sorted(value)[:16] if isinstance(value, dict) else type(value).__name__
-        raise CheckpointError(f"{what} has the members {found}: needs exactly {sorted(expected)}")
-    return value
-
-
-def _typed(value: Any, kind: type, what: str, *, optional: bool = False) -> Any:
-    if (optional and value is None) or type(value) is kind:
-        return value
-    raise CheckpointError(f"the manifest's {what} is a {type(value).__name__}: must be a {kind.__name__}")
-
-
 def _stored(name: str, entry: Any, header: Header) -> str:
-    members = _members(entry, f"tensors.{name}", {"dtype", "shape", "sha256"})
+    members = members_of(entry, f"tensors.{name}", {"dtype", "shape", "sha256"})
     info = TensorInfo(check_dtype(members["dtype"], name), check_shape(members["shape"], name))
     if header.tensors.get(name) != info:
         raise CheckpointError(f"tensor {name} is not in the file as the manifest says, {info.dtype} {list(info.shape)}")
-    digest: str = _typed(members["sha256"], str, f"tensors.{name}.sha256")
+    digest: str = typed(members["sha256"], str, f"tensors.{name}.sha256")
     if not _DIGEST.fullmatch(digest):
         raise CheckpointError(f"tensor {name}: the manifest's sha256 is not 64 lower-case hex digits")
     return digest
 
 
 def _layer(name: str, entry: Any) -> Layer:
-    members = _members(entry, f"layers.{name}", {"shape", "dtype", "pattern"})
+    members = members_of(entry, f"layers.{name}", {"shape", "dtype", "pattern"})
     shape = check_shape(members["shape"], name)
     dtype = check_dtype(members["dtype"], name)
     if dtype not in MULTIPLES:
@@ -205,18 +192,18 @@ def _layer(name: str, entry: Any) -> Layer:
 
 
 def _dense(name: str, entry: Any, header: Header) -> Dense:
-    members = _members(entry, f"dense.{name}", {"why", "pattern"})
+    members = members_of(entry, f"dense.{name}", {"why", "pattern"})
     if name not in header.tensors:
         raise CheckpointError(f"tensor {name} is listed as dense, but not in the file")
     pattern = _pattern(name, members["pattern"], header.tensors[name].shape)
-    return Dense(_typed(members["why"], str, f"dense.{name}.why"), pattern)
+    return Dense(typed(members["why"], str, f"dense.{name}.why"), pattern)
 
 
 def _pattern(name: str, text: Any, shape: tuple[int, ...]) -> str | None:
     """A pattern that a weight of this shape can hold; null where none is claimed."""
     if text is None:
         return None
-    match = _PATTERN.fullmatch(_typed(text, str, f"pattern of {name}"))
+    match = _PATTERN.fullmatch(typed(text, str, f"pattern of {name}"))
     n, m, v = (int(match[1]), int(match[2]), int(match[3] or 1)) if match else (0, 0, 0)
     if not 1 <= n < m <= 32 or (match and match[3] == "1"):
         raise CheckpointError(f"tensor {name}: {text[:20]!r} is not a pattern N:M or N:M/V")
@@ -226,17 +213,17 @@ def _pattern(name: str, text: Any, shape: tuple[int, ...]) -> str | None:
 
 
 def _dtypes(value: Any) -> tuple[str, ...]:
-    names = [check_dtype(entry, "rounded_from") for entry in _typed(value, list, "rounded_from")]
+    names = [check_dtype(entry, "rounded_from") for entry in typed(value, list, "rounded_from")]
     if names != sorted(set(names)):
         raise CheckpointError("the manifest's rounded_from is not sorted")
     return tuple(names)
 
 
 def _origin(value: Any) -> dict[str, Any]:
-    origin = _members(value, "checkpoint", {*_ORIGIN, "epoch"})
+    origin = members_of(value, "checkpoint", {*_ORIGIN, "epoch"})
     for name, kind in _ORIGIN.items():
-        _typed(origin[name], kind, f"checkpoint.{name}")
-    _typed(origin["epoch"], int, "checkpoint.epoch", optional=True)
+        typed(origin[name], kind, f"checkpoint.{name}")
+    typed(origin["epoch"], int, "checkpoint.epoch", optional=True)
     if not _DIGEST.fullmatch(origin["sha256"]):
         raise CheckpointError("the manifest's checkpoint.sha256 is not 64 lower-case hex digits")
     return origin
