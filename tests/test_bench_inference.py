@@ -134,10 +134,14 @@ def test_the_verdict_names_who_is_faster() -> None:
 
 def test_two_runs_agree_within_their_spread() -> None:
     setup = InferenceSetup(source="test_resnet", image_size=64, rounds=15, per_layer=False)
-    first, second = (inference_bench(setup).batches[0] for _ in range(2))
-    low, high = sorted(entry.sides["dense"].quartiles[1] for entry in (first, second))
-    # Quartiles are half of all calls: on a busy machine medians may lie as far apart as the spreads are wide.
-    assert high / low <= 1 + 4 * (first.spread + second.spread) + 0.5
+    ratios = []
+    for _ in range(3):  # a machine that is busy with something else may fall between the two runs
+        first, second = (inference_bench(setup).batches[0] for _ in range(2))
+        low, high = sorted(entry.sides["dense"].quartiles[1] for entry in (first, second))
+        ratios.append(high / low / (1 + 2 * (first.spread + second.spread)))
+        if ratios[-1] <= 1.25:
+            return
+    raise AssertionError(f"medians of two runs lie further apart than their spreads: {ratios}")
 
 
 def test_tables_and_figure(result: InferenceBench, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
