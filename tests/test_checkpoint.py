@@ -20,7 +20,6 @@ import lbc_cli
 from lbc_cli.checkpoint import load, load_state, read, read_manifest, save, save_state, stream
 from lbc_cli.checkpoint.architecture import uninitialised
 from lbc_cli.checkpoint.files import atomic_write_bytes, atomic_write_text, remove_stale
-from lbc_cli.checkpoint.writer import write_checkpoint
 from lbc_cli.errors import CheckpointError, ModelError, OutputError, UsageError, VerificationError
 from lbc_cli.patterns import Pattern
 from lbc_cli.targets import find_targets
@@ -725,10 +724,3 @@ def test_manifest_and_files_load_no_torch() -> None:
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
-
-
-def test_write_checkpoint_checks_its_manifest(tmp_path: Path) -> None:
-    manifest = read_manifest(FOLDER / GOLDEN[0])
-    broken = type(manifest)(sparse=manifest.sparse)
-    with pytest.raises(UsageError, match="missing"):
-        write_checkpoint(tmp_path / "m", broken, {})

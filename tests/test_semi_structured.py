@@ -406,6 +406,14 @@ def test_every_flipped_bit_is_found(exported: tuple[Path, nn.Module], tmp_path: 
         rejected(path)
 
 
+def test_a_file_whose_own_key_is_damaged_is_no_plain_file(exported: tuple[Path, nn.Module], tmp_path: Path) -> None:
+    content = exported[0].read_bytes()
+    damaged = content.replace(b'"semi_structured', b'"semi_structurec')
+    assert damaged != content
+    (tmp_path / "d").write_bytes(damaged)
+    assert not verify(tmp_path / "d").ok
+
+
 def test_cut_and_extended_files_are_refused(exported: tuple[Path, nn.Module], tmp_path: Path) -> None:
     content = exported[0].read_bytes()
     draw = random.Random(4)

@@ -158,21 +158,6 @@ def save(
         _write(path, manifest, content.infos, content.data)
 
 
-def write_checkpoint(path: str | os.PathLike[str], manifest: Manifest, data: Mapping[str, Buffer]) -> None:
-    """Write a checkpoint from its manifest and the bytes of its stored tensors.
-
-    Args:
-        path: the file to write or replace.
-        manifest: describes every stored tensor; its digests are computed anew.
-        data: stored name -> bytes.
-
-    Raises:
-        OutputError: if the file cannot be written.
-        UsageError: if the manifest holds what JSON cannot, or contradicts itself.
-    """
-    _write(path, manifest, {name: entry.info for name, entry in manifest.tensors.items()}, data.__getitem__)
-
-
 def _write(
     path: str | os.PathLike[str],
     manifest: Manifest,

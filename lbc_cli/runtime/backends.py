@@ -10,6 +10,7 @@ than dense, and says so.
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Protocol, Self
 
@@ -24,23 +25,23 @@ from lbc_cli.runtime.matrix import Pair
 TWO_FOUR = Pattern(2, 4)
 
 
-class Operand(nn.Module):
+class Operand(nn.Module, ABC):
     """A compressed weight matrix [rows, columns]."""
 
     rows: int
     columns: int
 
+    @abstractmethod
     def forward(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
         """[n, columns] to [n, rows]; bias [rows]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def dense(self) -> Tensor:
         """The matrix [rows, columns] that was compressed, exactly but for the sign of zeros."""
-        raise NotImplementedError
 
+    @abstractmethod
     def stored_bytes(self) -> int:
         """Memory of the compressed matrix."""
-        raise NotImplementedError
 
 
 class Backend(Protocol):
@@ -171,7 +172,7 @@ class SemiStructuredOperand(Operand):
         return sum(part.nbytes for part in parts if isinstance(part, Tensor))
 
 
-class _SemiStructured:
+class _SemiStructured(ABC):
     measured = True
     name: str
     _multiples: dict[torch.dtype, Pair]
@@ -193,8 +194,9 @@ class _SemiStructured:
         """What rows and columns must be multiples of."""
         return self._multiples[dtype]
 
+    @abstractmethod
     def _kind(self) -> type[Tensor]:
-        raise NotImplementedError
+        """Torch's class of compressed tensors."""
 
     def compress(self, matrix: Tensor) -> SemiStructuredOperand:
         """Torch's own compressed tensor of a padded matrix."""

@@ -7,6 +7,7 @@ multiples once; results are cut back. `dense_weight` gives the weight exactly as
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Literal
 
 import torch
@@ -29,7 +30,7 @@ Form = Literal["matrix", "im2col", "shifts"]
 """A convolution as a product with the pixels (1 x 1), with their patches, or as a sum over kernel positions."""
 
 
-class SparseLayer(nn.Module):
+class SparseLayer(nn.Module, ABC):
     """What sparse layers have in common.
 
     Attributes:
@@ -61,9 +62,9 @@ class SparseLayer(nn.Module):
         result: Tensor = operand(functional.pad(inputs, (0, missing)) if missing else inputs.contiguous(), bias)
         return result if self.rows == self.out_features else result[:, : self.out_features].contiguous()
 
+    @abstractmethod
     def dense_weight(self) -> Tensor:
         """[O, I, *K], bit for bit what was compressed."""
-        raise NotImplementedError
 
     @property
     def weight(self) -> Tensor:

@@ -72,7 +72,10 @@ class SemiClaims:
 
 def is_semi_structured(source: Source) -> bool:
     """Whether the file is, or once was, a semi-structured export of lbc."""
-    return any(key.startswith(KEY) for key in source.metadata)
+    pair = any(
+        name.endswith(".packed") and name.removesuffix("packed") + "meta" in source.entries for name in source.entries
+    )
+    return pair or any(key.startswith(KEY) for key in source.metadata)
 
 
 def read_semi_claims(source: Source) -> SemiClaims:
