@@ -13,6 +13,7 @@ from torch import nn
 
 from lbc_cli.errors import UsageError, did_you_mean
 from lbc_cli.runtime.backends import Backend, CuSparseLt, Cutlass, Reference
+from lbc_cli.runtime.cpu import CpuKernels
 from lbc_cli.runtime.layer import Layer
 from lbc_cli.runtime.layers import Form, SparseConv2d, SparseLinear
 from lbc_cli.runtime.matrix import geometry_of, is_24
@@ -93,12 +94,14 @@ EXECUTORS: dict[str, Executor] = {
     "cusparselt": Products(CuSparseLt()),
     "cutlass": Products(Cutlass()),
     "vector": VectorWise(),
+    "cpu": CpuKernels(),
     "reference": Products(Reference()),
     "vector-reference": VectorWise(reference=True),
 }
 RUNTIMES: dict[str, tuple[str, ...]] = {
     "semi-structured": ("cusparselt", "cutlass"),
     "vector": ("vector",),
+    "cpu": ("cpu",),
     "reference": ("reference",),
     "vector-reference": ("vector-reference",),
 }

@@ -1,0 +1,227 @@
+"""N:M products on a CPU as an operator of torch: `torch.ops.lbc.nm_conv2d`, opaque to torch.compile and torch.export.
+
+    nm_conv2d(x, values, index, bias, residual, weight, geometry, relu) -> out
+
+    x          float32 [n, I, h, w], channels last (others are copied first); rows of pixels for a linear layer: [n, I, 1, 1]
+    values     packed values, float32 or bfloat16; index: packed positions, uint8; of `pack`
+    bias       float32 [O] or None
+    residual   float32, of the shape of the result, added before the activation; or None
+    weight     the fields of a `Packing`
+    geometry   stride (h, w), dilation (h, w), zeros around (top, left, bottom, right)
+    relu       whether negative results become 0
+    out        float32 [n, O, h', w'], channels last
+
+Every result is summed in one fixed order: it does not depend on the number of threads or images.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from ctypes import byref
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lbc_cli.errors import PatternError, UsageError
+from lbc_cli.runtime.native import library
+
+FLOAT = torch.float32
+
+
+class Packing(NamedTuple):
+    """A packed weight's numbers, as in `kernels.h`."""
+
+    out: int
+    inputs: int
+    kh: int
+    kw: int
+    n: int
+    m: int
+    vector: int
+    """1: a mask per output channel; 16 or 32: that many share one."""
+    chunk: int
+    """Input channels that are worked on at once."""
+    half: int
+    """1: values are stored in bfloat16."""
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """[O, I, kh, kw]."""
+        return self.out, self.inputs, self.kh, self.kw
+
+
+def plan(shape: Sequence[int], n: int, m: int, vector: int, *, stride: int = 1, half: bool = False) -> Packing:
+    """How a weight is packed.
+
+    Args:
+        shape: [O, I, kh, kw].
+        n: kept weights of a group.
+        m: consecutive input channels of a group.
+        vector: 1, 16 or 32 output channels that share their masks.
+        stride: along the width: what lies under a tile of output pixels.
+        half: store values in bfloat16.
+
+    Raises:
+        UsageError: for numbers without a kernel, or where no kernels are built.
+    """
+    weight = library.Weight(*shape, n, m, vector, 0, int(half))
+    if library.kernels().lbc_plan(byref(weight), stride):
+        raise UsageError(f"no CPU kernel for {n}:{m} of {list(shape)} with {vector} output channels to a mask")
+    return Packing(*shape, n, m, vector, weight.chunk, int(half))
+
+
+def pack(weight: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
+    """Values and index of a dense weight [O, I, kh, kw].
+
+    Raises:
+        PatternError: if a group holds more than N non-zeros.
+    """
+    native, described = library.kernels(), _weight(packing)
+    dense = weight.detach().to("cpu", FLOAT).contiguous()
+    values = torch.empty(native.lbc_values(byref(described)), dtype=torch.bfloat16 if packing.half else FLOAT)
+    index = torch.empty(native.lbc_index_bytes(byref(described)), dtype=torch.uint8)
+    fault = native.lbc_pack(byref(described), dense.data_ptr(), values.data_ptr(), index.data_ptr())
+    if fault >= 0:
+        place = [int(part) for part in torch.unravel_index(torch.tensor(fault), packing.shape)]
+        shared = f", shared by {packing.vector} output channels" if packing.vector > 1 else ""
+        raise PatternError(f"the weight does not hold {packing.n}:{packing.m}{shared}: one too many at {place}")
+    return values, index
+
+
+def unpack(values: Tensor, index: Tensor, packing: Packing) -> Tensor:
+    """The dense float32 weight [O, I, kh, kw], bit for bit what was packed but for the sign of zeros that are not kept."""
+    dense = torch.empty(packing.shape)
+    native = library.kernels()
+    native.lbc_unpack(byref(_weight(packing)), values.data_ptr(), index.data_ptr(), dense.data_ptr())
+    return dense
+
+
+@functools.lru_cache(maxsize=4096)
+def _weight(packing: Packing) -> library.Weight:
+    return library.Weight(*packing)
+
+
+@functools.cache
+def _settings() -> tuple[Any, int, int | None]:
+    """The function, the instruction set and the threads' entry: looked up once, as a call takes microseconds."""
+    return library.kernels().lbc_run, library.chosen_isa(), library.fork()
+
+
+def output_size(height: int, width: int, packing: Sequence[int], geometry: Sequence[int]) -> tuple[int, int]:
+    """Height and width of the result."""
+    stride_h, stride_w, dilation_h, dilation_w, top, left, bottom, right = geometry
+    return (
+        (height + top + bottom - dilation_h * (packing[2] - 1) - 1) // stride_h + 1,
+        (width + left + right - dilation_w * (packing[3] - 1) - 1) // stride_w + 1,
+    )
+
+
+def nm_conv2d(
+    x: Tensor,
+    values: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    weight: list[int],
+    geometry: list[int],
+    relu: bool,
+) -> Tensor:
+    """See the head of this module.
+
+    Raises:
+        UsageError: for an instruction set that LBC_CPU_ISA names and this processor has not.
+        ValueError: for inputs that do not fit.
+    """
+    run, isa, fork = _settings()
+    packing = Packing(*weight)
+    _check(x, values, index, bias, packing)
+    x = _channels_last(x)
+    images, _, height, width = x.shape
+    size = output_size(height, width, weight, geometry)
+    if min(size) < 1:
+        raise ValueError(f"images of {height} x {width} are smaller than the kernel {packing.kh} x {packing.kw}")
+    out = torch.empty((images, packing.out, *size), dtype=FLOAT, memory_format=torch.channels_last)
+    if residual is not None:
+        if residual.shape != out.shape or residual.dtype != FLOAT:
+            raise ValueError(f"the residual is {residual.dtype} {list(residual.shape)}, the result {list(out.shape)}")
+        residual = _channels_last(residual)
+    call = library.Call(
+        x.data_ptr(),
+        values.data_ptr(),
+        index.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        None if residual is None else residual.data_ptr(),
+        out.data_ptr(),
+        images,
+        height,
+        width,
+        *size,
+        *_strides(x),
+        *_strides(out),
+        *((0, 0, 0) if residual is None else _strides(residual)),
+        *geometry[:6],
+        relu,
+        isa,
+        torch.get_num_threads(),
+        fork,
+    )
+    if failed := run(byref(_weight(packing)), byref(call)):
+        raise MemoryError("no memory for the input of a CPU kernel") if failed == -2 else RuntimeError(
+            f"the CPU kernel refused the call: {failed}"
+        )
+    return out
+
+
+def _check(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, packing: Packing) -> None:
+    """Kernels read where the numbers say: nothing but this keeps them inside their tensors."""
+    if x.dtype != FLOAT or x.dim() != 4 or x.shape[1] != packing.inputs:
+        raise ValueError(f"the input is {x.dtype} {list(x.shape)}: float32 [n, {packing.inputs}, h, w] is needed")
+    sizes = _sizes(packing)
+    if (values.numel(), index.numel()) != sizes or values.dtype != (torch.bfloat16 if packing.half else FLOAT):
+        raise ValueError(f"the packed weight has {values.numel()} values and {index.numel()} bytes: {sizes} are needed")
+    if bias is not None and (bias.numel() != packing.out or bias.dtype != FLOAT):
+        raise ValueError(f"the bias is {bias.dtype} {list(bias.shape)}: float32 [{packing.out}] is needed")
+
+
+@functools.lru_cache(maxsize=4096)
+def _sizes(packing: Packing) -> tuple[int, int]:
+    native, described = library.kernels(), byref(_weight(packing))
+    return int(native.lbc_values(described)), int(native.lbc_index_bytes(described))
+
+
+def _channels_last(images: Tensor) -> Tensor:
+    """Pixels whose channels lie side by side, in rows and images of any distance."""
+    if images.stride(1) == 1 or images.shape[1] == 1:
+        return images
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def _strides(images: Tensor) -> tuple[int, int, int]:
+    image, _, row, pixel = images.stride()
+    return image, row, pixel
+
+
+def _fake(
+    x: Tensor,
+    values: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    weight: list[int],
+    geometry: list[int],
+    relu: bool,
+) -> Tensor:
+    size = output_size(x.shape[2], x.shape[3], weight, geometry)
+    return x.new_empty((x.shape[0], weight[0], *size)).contiguous(memory_format=torch.channels_last)
+
+
+_LIBRARY = torch.library.Library("lbc", "FRAGMENT")
+# Not `custom_op`: its checks take longer than a small layer.
+_LIBRARY.define(
+    "nm_conv2d(Tensor x, Tensor values, Tensor index, Tensor? bias, Tensor? residual, int[] weight, int[] geometry, "
+    "bool relu) -> Tensor"
+)
+_LIBRARY.impl("nm_conv2d", nm_conv2d, "CPU")
+torch.library.register_fake("lbc::nm_conv2d", _fake, lib=_LIBRARY)
