@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from lbc_cli.errors import PatternError
 from lbc_cli.runtime.cpu_layers import CpuConv2d, CpuLinear
 from lbc_cli.runtime.layer import Layer
 from lbc_cli.runtime.matrix import geometry_of
@@ -31,7 +32,7 @@ class CpuKernels:
             return f"{self.name} runs on a CPU, not on {device.type}"
         if dtype not in DTYPES:
             return f"{self.name} has no kernel for {dtype}: it has float32, and bfloat16 with sums in float32"
-        return library.why_missing()
+        return library.why_missing() or _why_not_here()
 
     def obstacle(self, layer: Layer) -> str:
         """A pattern without a kernel."""
@@ -48,6 +49,19 @@ class CpuKernels:
         """A `CpuLinear` or `CpuConv2d`."""
         assert layer.pattern is not None
         weight, bias = layer.weight.detach().to(device, dtype), layer.bias
-        if isinstance(layer.module, nn.Conv2d):
-            return CpuConv2d(weight, bias, layer.pattern, geometry_of(layer.module)).eval()
-        return CpuLinear(weight, bias, layer.pattern).eval()
+        try:
+            if isinstance(layer.module, nn.Conv2d):
+                return CpuConv2d(weight, bias, layer.pattern, geometry_of(layer.module)).eval()
+            return CpuLinear(weight, bias, layer.pattern).eval()
+        except PatternError as error:
+            raise PatternError(f"{layer.name}: {error}") from None
+
+
+def _why_not_here() -> str | None:
+    """Why the processor is no match for dense kernels, unless it is told to try."""
+    if library.isas() != ("portable",) or library.chosen_isa() != library.AUTO:
+        return None
+    return (
+        "this processor has neither AVX-512 nor AVX2, and portable kernels are slower than dense ones: "
+        f"{library.ISA_VARIABLE}=portable runs them all the same, without a runtime everything runs dense"
+    )

@@ -1,12 +1,13 @@
 """Linear layers and convolutions that execute N:M weights on a CPU, with what follows them: a sum and a ReLU.
 
-The call and the shapes are those of the dense layers. Activations are float32, or bfloat16 that is widened on the way in
-and rounded on the way out; values are then stored in bfloat16 too. Sums are float32 always.
+The call and the shapes are those of the dense layers. Activations are float32, or bfloat16 that is widened on the way
+in and rounded on the way out; values are then stored in bfloat16 too. Sums are float32 always.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from lbc_cli.patterns import Pattern
 from lbc_cli.runtime import cpu_ops
 from lbc_cli.runtime.matrix import Geometry
 
+_OPERATOR: Callable[..., Tensor] = torch.ops.lbc.nm_conv2d.default
 POINTWISE = Geometry((1, 1), (1, 1), (0, 0), (1, 1))
 
 
@@ -41,9 +43,7 @@ class CpuLayer(nn.Module):
     index: Tensor
     bias: Tensor | None
 
-    def __init__(
-        self, weight: Tensor, bias: Tensor | None, pattern: Pattern, geometry: Geometry = POINTWISE
-    ) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, pattern: Pattern, geometry: Geometry = POINTWISE) -> None:
         super().__init__()
         self.shape = tuple(weight.shape)
         self.out_features, self.in_features = self.shape[:2]
@@ -58,31 +58,33 @@ class CpuLayer(nn.Module):
             half=weight.dtype == torch.bfloat16,
         )
         values, index = cpu_ops.pack(kernel, self.packing)
+        self._numbers = list(self.packing)
+        self._same = geometry.same
+        self._walk = self._walk_over(1, 1)
         self.register_buffer("values", values, persistent=False)
         self.register_buffer("index", index, persistent=False)
         self.register_buffer("bias", None if bias is None else bias.detach().float(), persistent=False)
 
     def _run(self, images: Tensor, residual: Tensor | None) -> Tensor:
         """[n, I, h, w] to [n, O, h', w'], channels last."""
-        if torch.is_grad_enabled() and images.requires_grad:
+        if images.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("N:M layers on a CPU have no gradient: call the model under torch.inference_mode()")
         if images.dtype != self.dtype:
             raise ValueError(f"inputs are {images.dtype}, the layer was made for {self.dtype}")
-        left, right, top, bottom = self.geometry.pads(images.shape[2], images.shape[3])
-        result: Tensor = torch.ops.lbc.nm_conv2d(
-            images.float(),
-            self.values,
-            self.index,
-            self.bias,
-            None if residual is None else residual.float(),
-            list(self.packing),
-            [*self.geometry.stride, *self.geometry.dilation, top, left, bottom, right],
-            self.relu,
-        )
+        walk = self._walk_over(images.shape[2], images.shape[3]) if self._same else self._walk
+        if self.dtype == torch.float32:
+            return _OPERATOR(images, self.values, self.index, self.bias, residual, self._numbers, walk, self.relu)
+        wide = None if residual is None else residual.float()
+        result = _OPERATOR(images.float(), self.values, self.index, self.bias, wide, self._numbers, walk, self.relu)
         return result.to(self.dtype)
 
+    def _walk_over(self, height: int, width: int) -> list[int]:
+        """The geometry as the operator takes it; the zeros around depend on the image only for "same" padding."""
+        left, right, top, bottom = self.geometry.pads(height, width)
+        return [*self.geometry.stride, *self.geometry.dilation, top, left, bottom, right]
+
     def dense_weight(self) -> Tensor:
-        """[O, I, *K], bit for bit what was packed but for the sign of zeros that are not kept."""
+        """[O, I, *K], bit for bit what was packed."""
         return cpu_ops.unpack(self.values, self.index, self.packing).reshape(self.shape).to(self.dtype)
 
     @property

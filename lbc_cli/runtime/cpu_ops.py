@@ -2,7 +2,7 @@
 
     nm_conv2d(x, values, index, bias, residual, weight, geometry, relu) -> out
 
-    x          float32 [n, I, h, w], channels last (others are copied first); rows of pixels for a linear layer: [n, I, 1, 1]
+    x          float32 [n, I, h, w], channels last (others are copied first); for a linear layer [1, I, 1, rows]
     values     packed values, float32 or bfloat16; index: packed positions, uint8; of `pack`
     bias       float32 [O] or None
     residual   float32, of the shape of the result, added before the activation; or None
@@ -66,10 +66,11 @@ def plan(shape: Sequence[int], n: int, m: int, vector: int, *, stride: int = 1, 
     Raises:
         UsageError: for numbers without a kernel, or where no kernels are built.
     """
-    weight = library.Weight(*shape, n, m, vector, 0, int(half))
+    out, inputs, kh, kw = shape
+    weight = library.Weight(out, inputs, kh, kw, n, m, vector, 0, int(half))
     if library.kernels().lbc_plan(byref(weight), stride):
         raise UsageError(f"no CPU kernel for {n}:{m} of {list(shape)} with {vector} output channels to a mask")
-    return Packing(*shape, n, m, vector, weight.chunk, int(half))
+    return Packing(out, inputs, kh, kw, n, m, vector, int(weight.chunk), int(half))
 
 
 def pack(weight: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
@@ -91,7 +92,7 @@ def pack(weight: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
 
 
 def unpack(values: Tensor, index: Tensor, packing: Packing) -> Tensor:
-    """The dense float32 weight [O, I, kh, kw], bit for bit what was packed but for the sign of zeros that are not kept."""
+    """The dense weight, float32 [O, I, kh, kw]: bit for bit what was packed, the sign of zeros included."""
     dense = torch.empty(packing.shape)
     native = library.kernels()
     native.lbc_unpack(byref(_weight(packing)), values.data_ptr(), index.data_ptr(), dense.data_ptr())
@@ -168,8 +169,10 @@ def nm_conv2d(
         fork,
     )
     if failed := run(byref(_weight(packing)), byref(call)):
-        raise MemoryError("no memory for the input of a CPU kernel") if failed == -2 else RuntimeError(
-            f"the CPU kernel refused the call: {failed}"
+        raise (
+            MemoryError("no memory for the input of a CPU kernel")
+            if failed == -2
+            else RuntimeError(f"the CPU kernel refused the call: {failed}")
         )
     return out
 
@@ -217,11 +220,11 @@ def _fake(
     return x.new_empty((x.shape[0], weight[0], *size)).contiguous(memory_format=torch.channels_last)
 
 
-_LIBRARY = torch.library.Library("lbc", "FRAGMENT")
+_LIBRARY = torch.library.Library("lbc", "FRAGMENT")  # type: ignore[no-untyped-call]
 # Not `custom_op`: its checks take longer than a small layer.
-_LIBRARY.define(
+_LIBRARY.define(  # type: ignore[no-untyped-call]
     "nm_conv2d(Tensor x, Tensor values, Tensor index, Tensor? bias, Tensor? residual, int[] weight, int[] geometry, "
     "bool relu) -> Tensor"
 )
-_LIBRARY.impl("nm_conv2d", nm_conv2d, "CPU")
+_LIBRARY.impl("nm_conv2d", nm_conv2d, "CPU")  # type: ignore[no-untyped-call]
 torch.library.register_fake("lbc::nm_conv2d", _fake, lib=_LIBRARY)

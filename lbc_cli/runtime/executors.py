@@ -134,7 +134,7 @@ def choose_executors(
     if not usable:
         raise UsageError(
             f"runtime {runtime} cannot run here: {'; '.join(reason for reason in reasons if reason)}; the runtime "
-            f"reference runs anywhere, without a speed-up"
+            f"reference runs anywhere, without a speed-up, and without a runtime everything runs dense"
         )
     return usable
 

@@ -36,6 +36,7 @@ def load(
     choices: Mapping[str, str] | None = None,
     tuned_for: int | None = None,
     fold: bool = True,
+    fuse: bool = True,
     image_size: int = 0,
     check_digests: bool = True,
 ) -> nn.Module:
@@ -45,8 +46,8 @@ def load(
         path: a checkpoint, or any other file of weights (then with `model`).
         model: the model to fill, or its timm name; None: the one that the file names.
         runtime: None: dense tensors, bit for bit. "semi-structured": 2:4 on sparse tensor cores. "vector":
-            vector-wise N:M (V = 64, 128) on ordinary tensor cores. "reference" and "vector-reference": the same
-            modules on any device, for tests, not for speed.
+            vector-wise N:M (V = 64, 128) on ordinary tensor cores. "cpu": any N:M with M = 4, 8, 16, 32 on the vector
+            units of a CPU. "reference" and "vector-reference": modules on any device, for tests, not for speed.
         device: where the model goes.
         dtype: of weights and activations; None: the file's.
         backend: of the runtime: "cutlass" or "cusparselt"; None: the first that runs here, cuSPARSELt before CUTLASS.
@@ -54,6 +55,8 @@ def load(
         tuned_for: take the choices that were measured for this batch, from the plan beside the file; whatever
             runtime was the fastest for a layer.
         fold: fold batch norms into convolutions; only with a runtime.
+        fuse: with the runtime "cpu", take sums and ReLUs into the layers before them and large batches in slices that
+            fit the cache. The model is then one graph: it has the call, and not the methods, of its class.
         image_size: side in pixels for the look at the model; 0: its own.
         check_digests: compare the SHA-256 of every tensor.
 
@@ -81,7 +84,7 @@ def load(
         choices = _measured(path, prepared, choices, batch=tuned_for, dtype=kind, device=place)
         # All that runs here has competed: the fastest way of a layer may be another runtime's.
         executors += [executor for executor in usable_executors(place, kind) if executor not in executors]
-    converted, report = prepared.sparse(executors, dtype=kind, device=place, choices=choices)
+    converted, report = prepared.sparse(executors, dtype=kind, device=place, choices=choices, fuse=fuse)
     setattr(converted, _REPORT, tuple(report))
     return converted
 

@@ -11,9 +11,13 @@ from torch import Tensor, nn
 
 from lbc_cli.patterns import Pattern
 from lbc_cli.runtime.convert import Executed, convert
+from lbc_cli.runtime.cpu_layers import CpuLayer
 from lbc_cli.runtime.executors import Executor
 from lbc_cli.runtime.fold import fold_batch_norms
+from lbc_cli.runtime.fuse import fuse as fuse_layers
+from lbc_cli.runtime.fuse import note_fusion
 from lbc_cli.runtime.layer import Layer, find_layers
+from lbc_cli.runtime.slices import sliced
 from lbc_cli.runtime.trace import Trace, trace
 
 
@@ -50,9 +54,24 @@ class Prepared:
         dtype: torch.dtype,
         device: torch.device,
         choices: Mapping[str, str] | None = None,
+        fuse: bool = True,
     ) -> tuple[nn.Module, list[Executed]]:
-        """A copy that executes its sparse weights; see `convert`."""
-        return convert(self.model, self.layers(), executors, dtype=dtype, device=device, choices=choices)
+        """A copy that executes its sparse weights.
+
+        Args:
+            executors: as for `convert`.
+            dtype: as for `convert`.
+            device: as for `convert`.
+            choices: as for `convert`.
+            fuse: where layers run on CPU kernels, take sums and ReLUs into them, and batches in slices that fit the
+                cache: the model is then one graph with the model's call, not an instance of its class.
+        """
+        model, report = convert(self.model, self.layers(), executors, dtype=dtype, device=device, choices=choices)
+        if fuse and any(isinstance(module, CpuLayer) for module in model.modules()):
+            model, done = fuse_layers(model, self.sample.to(device=device, dtype=dtype))
+            model = sliced(model, self.seen, self.sample)
+            note_fusion(model, done)
+        return model, report
 
 
 def prepare(model: nn.Module, patterns: Mapping[str, Pattern], sample: Tensor, *, fold: bool = True) -> Prepared:

@@ -45,7 +45,7 @@ struct Avx2 {
 };
 
 bool supported() {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
 
 Kernel choose(const LbcWeight &w) {

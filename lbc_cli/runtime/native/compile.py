@@ -32,7 +32,7 @@ COMPILERS = ("c++", "g++", "clang++")
 # No contraction: the compiler's own choice of fused multiply-adds would change results from one compiler to the next.
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off")
 X86_FLAGS = {
-    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "avx2": ("-mavx2", "-mfma"),
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"),
 }
 # A wheel may land where another libstdc++ is; what is linked in statically stays hidden, or other libraries bind to it.

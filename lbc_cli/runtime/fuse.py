@@ -1,0 +1,165 @@
+"""Sums and ReLUs taken into the sparse layers before them: one pass over the result instead of three.
+
+The converted model is traced by torch.fx (timm's own list says which of its modules are to be left whole), and in its
+graph
+
+    layer -> ReLU                  becomes  layer with relu
+    layer -> sum with a tensor     becomes  layer with that residual
+    layer -> sum -> ReLU           both
+
+where nothing else reads what is replaced, where both terms of the sum have one shape and dtype, and where nothing is
+computed between the layer and the sum: what a residual holds is then the same at both places. Identities and dropout,
+which do nothing in eval mode, go away. Values are those of the unfused model, bit for bit.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+from torch.nn import functional
+
+from lbc_cli.runtime.cpu_layers import CpuLayer
+
+_SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
+_RELUS = (functional.relu, torch.relu, torch.relu_, "relu", "relu_")
+_NOTE = "_lbc_fusion"
+_ATTRIBUTES = ("pretrained_cfg", "default_cfg", "num_classes", "num_features")
+
+
+@dataclass(frozen=True, slots=True)
+class Fusion:
+    """What was fused.
+
+    Attributes:
+        relus: taken into a layer.
+        sums: taken into a layer.
+        reason: why nothing could be fused, "" if the model was traced.
+    """
+
+    relus: int = 0
+    sums: int = 0
+    reason: str = ""
+
+
+class _Tracer(fx.Tracer):
+    """Leaves sparse layers, and what timm cannot trace, whole."""
+
+    def __init__(self) -> None:
+        from timm.models import get_notrace_functions, get_notrace_modules
+
+        super().__init__(autowrap_functions=tuple(get_notrace_functions()))
+        self._whole = (CpuLayer, *get_notrace_modules())
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether a module is one node of the graph."""
+        return isinstance(m, self._whole) or bool(super().is_leaf_module(m, module_qualified_name))
+
+
+def fuse(model: nn.Module, sample: Tensor) -> tuple[nn.Module, Fusion]:
+    """Take sums and ReLUs into the sparse layers before them.
+
+    Args:
+        model: converted, in eval mode; it shares its layers with the result and is not to be used any more.
+        sample: a batch as the model takes it, in its dtype.
+
+    Returns:
+        A model of the same call, and what was done; the model itself where it cannot be traced.
+    """
+    try:
+        graph = _Tracer().trace(model)
+        traced = fx.GraphModule(model, graph, type(model).__name__)
+        with torch.inference_mode():
+            ShapeProp(traced).propagate(sample)
+    except Exception as error:  # tracing runs the model's own code, which may raise anything
+        first = " ".join(str(error).split())[:200]
+        return model, Fusion(reason=f"torch.fx cannot trace {type(model).__name__}: {first}")
+    _drop_identities(traced)
+    sums = sum([_fuse_sum(traced, node) for node in _layers(traced)])
+    relus = sum([_fuse_relu(traced, node) for node in _layers(traced)])
+    traced.graph.eliminate_dead_code()
+    traced.graph.lint()
+    traced.recompile()
+    for name in _ATTRIBUTES:
+        if hasattr(model, name):
+            setattr(traced, name, getattr(model, name))
+    return traced.eval(), Fusion(relus, sums)
+
+
+def note_fusion(model: nn.Module, done: Fusion) -> None:
+    """Remember with a model what was fused in it."""
+    setattr(model, _NOTE, done)
+
+
+def fusion(model: nn.Module) -> Fusion | None:
+    """What was fused in a model that executes CPU kernels; None for other models."""
+    found: Fusion | None = getattr(model, _NOTE, None)
+    return found
+
+
+def _drop_identities(traced: fx.GraphModule) -> None:
+    for node in list(traced.graph.nodes):
+        module = _module(traced, node)
+        if isinstance(module, nn.Identity | nn.Dropout | nn.Dropout2d) and isinstance(node.args[0], fx.Node):
+            node.replace_all_uses_with(node.args[0])
+            traced.graph.erase_node(node)
+
+
+def _layers(traced: fx.GraphModule) -> Iterator[fx.Node]:
+    """The sparse layers that are called once: what is fused into a layer holds for all of its calls."""
+    nodes = [node for node in traced.graph.nodes if isinstance(_module(traced, node), CpuLayer)]
+    targets = [node.target for node in nodes]
+    return (node for node in nodes if targets.count(node.target) == 1)
+
+
+def _module(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    return traced.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _fuse_sum(traced: fx.GraphModule, layer: fx.Node) -> bool:
+    """Turn layer -> sum into the layer with a residual."""
+    sum_node = _only_user(layer)
+    if sum_node is None or sum_node.target not in _SUMS or sum_node is not layer.next:
+        return False
+    terms = sum_node.args
+    if sum_node.kwargs or len(terms) != 2 or not all(isinstance(term, fx.Node) for term in terms):
+        return False
+    other = terms[0] if terms[1] is layer else terms[1]
+    if other is layer or not isinstance(other, fx.Node) or _kind(other) != _kind(layer):
+        return False
+    layer.args = (layer.args[0], other)
+    sum_node.replace_all_uses_with(layer)
+    traced.graph.erase_node(sum_node)
+    return True
+
+
+def _fuse_relu(traced: fx.GraphModule, layer: fx.Node) -> bool:
+    """Turn layer -> ReLU into the layer with relu."""
+    user = _only_user(layer)
+    if user is None:
+        return False
+    module = _module(traced, user)
+    if not isinstance(module, nn.ReLU) and (user.op == "call_module" or user.target not in _RELUS):
+        return False
+    fused = _module(traced, layer)
+    assert isinstance(fused, CpuLayer)
+    fused.relu = True
+    user.replace_all_uses_with(layer)
+    traced.graph.erase_node(user)
+    return True
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    users = list(node.users)
+    return users[0] if len(users) == 1 else None
+
+
+def _kind(node: fx.Node) -> tuple[Any, Any] | None:
+    """Shape and dtype of what a node gives."""
+    seen = node.meta.get("tensor_meta")
+    return None if seen is None or not hasattr(seen, "shape") else (tuple(seen.shape), seen.dtype)
