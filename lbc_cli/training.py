@@ -144,8 +144,9 @@ def smoke(resolved: ResolvedRecipe) -> ResolvedRecipe:
         "schedule.decay_epochs": 2 if recipe.schedule.name == "step" else recipe.schedule.decay_epochs,
         "augment.mixup_off_epoch": min(2, recipe.augment.mixup_off_epoch),
     }
-    if "t_f" in METHODS[recipe.method["name"]].options.model_fields:
-        values |= {"method.t_i": 0, "method.t_f": _SMOKE_EPOCHS // 2}
+    options = {key: value for key, value in recipe.method.items() if key != "name"}
+    short = METHODS[recipe.method["name"]].options.model_validate(options).shortened(_SMOKE_EPOCHS)
+    values |= {f"method.{key}": value for key, value in short.items()}
     for key, value in values.items():
         origin = resolved.provenance.get(key, "")
         if origin.startswith("--") and key != "data.source" and _value(resolved, key) != value:

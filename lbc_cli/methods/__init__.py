@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from torch import nn
 from torch.optim import Optimizer
 
 from lbc_cli.errors import MethodError, did_you_mean
-from lbc_cli.methods.base import Pruner
+from lbc_cli.methods.base import MethodOptions, Pruner
 from lbc_cli.methods.dense import Dense, DenseOptions
 from lbc_cli.methods.lbc import Lbc, LbcOptions
 from lbc_cli.patterns import Pattern
@@ -37,7 +37,7 @@ class MethodInfo:
 
     description: str
     source: str
-    options: type[BaseModel]
+    options: type[MethodOptions]
     build: Callable[[nn.Module, Optimizer, Selection, int, Any], Pruner]
     sparse: bool = True
 
@@ -48,7 +48,7 @@ METHODS: dict[str, MethodInfo] = {
 }
 
 
-def parse_options(method: str, options: Mapping[str, Any]) -> BaseModel:
+def parse_options(method: str, options: Mapping[str, Any]) -> MethodOptions:
     """Check the options of a method.
 
     Raises:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -30,6 +31,20 @@ from lbc_cli.methods import optimizers
 from lbc_cli.targets import Selection, Skipped, Target, clean_name
 
 State = dict[str, Any]
+
+
+class MethodOptions(BaseModel):
+    """What a recipe may say of a method: typed, described fields; unknown ones are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    def shortened(self, epochs: int) -> dict[str, Any]:
+        """Option -> value with which a run of so few epochs passes every phase of the method; here there are none.
+
+        Args:
+            epochs: length of the short run, at least 4.
+        """
+        return {}
 
 
 class Pruner(abc.ABC):
@@ -87,7 +102,10 @@ class Pruner(abc.ABC):
     @property
     @abc.abstractmethod
     def phase(self) -> Literal["training", "final"]:
-        """Whether every group already has its final mask."""
+        """Whether the weights hold their final pattern, so that they may be shipped.
+
+        The mask itself may still move, in a method that draws it anew at every step.
+        """
 
     @abc.abstractmethod
     def _schedule(self, epoch: int) -> None:
@@ -170,7 +188,7 @@ class Pruner(abc.ABC):
                     f"{target.name} is not in the module to project: it must be a copy of the pruned model"
                 )
             removed = self.removed(target)
-            if removed is not None:
+            if removed is not None and other is not target.weight:  # a write would count as one from outside
                 other.masked_fill_(removed.to(other.device), 0)
 
     @contextlib.contextmanager
@@ -190,7 +208,7 @@ class Pruner(abc.ABC):
             "method": self.method,
             "epochs": self.epochs,
             "epoch": self.epoch,
-            "targets": {t.name: str(t.pattern) for t in self.targets},
+            "targets": {t.name: t.label for t in self.targets},
             "state": self._method_state(),
         }
 
@@ -205,7 +223,7 @@ class Pruner(abc.ABC):
                 raise MethodError(
                     f"saved pruner has {key} {state[key]!r}, this one {mine!r}: resume with the same settings"
                 )
-        if state["targets"] != {t.name: str(t.pattern) for t in self.targets}:
+        if state["targets"] != {t.name: t.label for t in self.targets}:
             raise MethodError("saved pruner has other layers or patterns than this one: resume with the same settings")
         with torch.no_grad():
             self._load_method_state(state["state"])
@@ -247,6 +265,10 @@ class Pruner(abc.ABC):
         if overflow:
             return
         self._adopt_changes()
+        self._take_in(scale)
+
+    def _take_in(self, scale: float) -> None:
+        """Let the method learn, group by group, from gradients that still carry the factor `scale`."""
         for number, group in enumerate(self._optimizer.param_groups):
             due = [t for t in self.targets if self._group_of[t.name] == number and t.weight.grad is not None]
             if due:
@@ -261,8 +283,11 @@ class Pruner(abc.ABC):
     def _adopt_changes(self) -> None:
         """Weights written from outside since the last step (a load, a broadcast) are taken over, under the masks."""
         for target in self.targets:
-            if self._versions.get(target.name, -1) != target.weight._version:
+            if self._changed(target):
                 self._restore(target)
+
+    def _changed(self, target: Target) -> bool:
+        return self._versions.get(target.name, -1) != target.weight._version
 
     def _note_versions(self) -> None:
         self._versions = {t.name: t.weight._version for t in self.targets}
@@ -270,6 +295,24 @@ class Pruner(abc.ABC):
     def _mask(self, target: Target) -> Tensor:
         removed = self.removed(target)
         return torch.ones_like(target.weight, dtype=torch.bool) if removed is None else ~removed
+
+
+def check_options(method: str, saved: State, options: MethodOptions) -> None:
+    """Refuse to go on from the state of a run with other options.
+
+    Args:
+        method: for the message.
+        saved: `options.model_dump()` of the saved run.
+        options: of this run.
+
+    Raises:
+        MethodError: naming every option that differs.
+    """
+    mine = options.model_dump()
+    different = [key for key in {**mine, **saved} if saved.get(key) != mine.get(key)]
+    if different:
+        said = ", ".join(f"{key} = {saved.get(key)!r} (here {mine.get(key)!r})" for key in different)
+        raise MethodError(f"the saved run has {method} options {said}: resume with the same settings")
 
 
 def _check_free(optimizer: Optimizer, targets: Sequence[Target]) -> None:

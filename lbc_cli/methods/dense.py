@@ -8,18 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lbc_cli.methods.base import Pruner, State
+from lbc_cli.methods.base import MethodOptions, Pruner, State
 from lbc_cli.targets import Selection, Target
 
 
-class DenseOptions(BaseModel):
+class DenseOptions(MethodOptions):
     """Dense training has no options."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 class Dense(Pruner):

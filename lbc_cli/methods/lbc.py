@@ -33,22 +33,22 @@ Deviations
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from lbc_cli import patterns
 from lbc_cli.errors import DivergenceError, MethodError
 from lbc_cli.methods import optimizers
-from lbc_cli.methods.base import Pruner, State
+from lbc_cli.methods.base import MethodOptions, Pruner, State, check_options
 from lbc_cli.methods.removal import expected_density, mask_of_candidates, remove_candidates, remove_weights
 from lbc_cli.methods.scores import plain_step_, sgd_step_
+from lbc_cli.methods.tensors import copy_like, held_bytes
 from lbc_cli.patterns import Pattern
 from lbc_cli.schedules import Ramp
 from lbc_cli.targets import Selection, Target
@@ -57,10 +57,8 @@ MAX_CANDIDATES = 12_870  # C(16, 8): one bit for each is 100 bytes per weight
 PAPER_MEMORY = 2_000.0
 
 
-class LbcOptions(BaseModel):
+class LbcOptions(MethodOptions):
     """What a recipe may say of LBC."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     t_i: Annotated[int, Field(ge=0)] = Field(default=0, description="last epoch at which every candidate is alive")
     t_f: Annotated[int, Field(ge=0)] | None = Field(
@@ -75,6 +73,10 @@ class LbcOptions(BaseModel):
     score_memory: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="updates that a score remembers; left out: the optimizer's decay (SGD) or 2000"
     )
+
+    def shortened(self, epochs: int) -> dict[str, Any]:
+        """Removal from the first epoch to the middle."""
+        return {"t_i": 0, "t_f": epochs // 2}
 
 
 @dataclass(slots=True, eq=False)
@@ -158,10 +160,10 @@ class Lbc(Pruner):
         """Bytes held now."""
         states = list(self._state.values())
         return {
-            "score": _bytes(s.score for s in states),
-            "momentum": _bytes(s.momentum for s in states),
-            "candidates": _bytes(s.alive for s in states),
-            "mask": _bytes(s.removed for s in states),
+            "score": held_bytes(s.score for s in states),
+            "momentum": held_bytes(s.momentum for s in states),
+            "candidates": held_bytes(s.alive for s in states),
+            "mask": held_bytes(s.removed for s in states),
         }
 
     # The method.
@@ -246,13 +248,11 @@ class Lbc(Pruner):
         return {"options": self.options.model_dump(), "peaks": list(self._peaks), "weights": states}
 
     def _load_method_state(self, state: State) -> None:
-        saved = LbcOptions.model_validate(state["options"])
-        if saved != self.options:
-            raise MethodError(f"saved run has LBC options {saved!r}, this one {self.options!r}: resume with the same")
+        check_options(self.method, state["options"], self.options)
         self._peaks = list(state["peaks"])
         for target in self.targets:
             fields = state["weights"][target.name]
-            tensors = {k: None if v is None else _like(target.weight, v) for k, v in fields.items() if k != "count"}
+            tensors = {k: None if v is None else copy_like(target.weight, v) for k, v in fields.items() if k != "count"}
             self._state[target.name] = LbcState(count=fields["count"], **tensors)
 
     # The numbers of a pattern under the options.
@@ -306,14 +306,3 @@ def _score_dtype(weight: Tensor) -> torch.dtype:
 
 def _new_score(weight: Tensor) -> Tensor:
     return torch.zeros_like(weight, dtype=_score_dtype(weight), requires_grad=False)
-
-
-def _like(weight: Tensor, saved: Tensor) -> Tensor:
-    """A saved tensor on the weight's device and, where it has its shape, in its memory format. Always a copy."""
-    if saved.shape != weight.shape:
-        return saved.to(weight.device, copy=True)
-    return torch.empty_like(weight, dtype=saved.dtype, requires_grad=False).copy_(saved)
-
-
-def _bytes(tensors: Any) -> int:
-    return sum(math.prod(t.shape) * t.element_size() for t in tensors if t is not None)
