@@ -5,6 +5,8 @@ convolutions, layers whose input channels per group are not a multiple of M, and
 their weight in forward (weight standardisation, parametrizations, subclasses nobody has checked). Globs change the
 pattern layer by layer; they override the policy for stem and classifier, never what the algebra or the layer forbids.
 
+Without a pattern (unstructured methods) the same layers are targets, those that no M divides included.
+
 Legend
     weight      a parameter with two or more dimensions; all others (biases, norms) are never listed
     use         one place where a weight is registered; a tied weight has several
@@ -55,19 +57,22 @@ _STANDARDISED = frozenset(
 _INNER_PREFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 DENSE = "dense"
+SPARSE = "sparse"
 STEM = "stem: it sees the image"
 CLASSIFIER = "classifier"
+DEPTHWISE = "depthwise convolution: one input channel per group"
+UNSTRUCTURED = "unstructured"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Target:
-    """A weight that takes the pattern.
+    """A weight that becomes sparse.
 
     Attributes:
         name: of the parameter, as the unwrapped model's `named_parameters` spells it.
         module: name of the layer that owns it ("" for the model itself).
         kind: which product the weight takes part in.
-        pattern: N:M with the vector length that this layer can take.
+        wanted: N:M with the vector length that this layer can take; None for a method without a pattern.
         weight: the parameter itself, [O, I, *K].
         groups: convolution groups, 1 for linear layers.
         note: what differs from the request, or "".
@@ -76,10 +81,26 @@ class Target:
     name: str
     module: str
     kind: Kind
-    pattern: Pattern
+    wanted: Pattern | None
     weight: nn.Parameter
     groups: int
     note: str = ""
+
+    @property
+    def pattern(self) -> Pattern:
+        """N:M of this layer; methods without a pattern never ask for it."""
+        assert self.wanted is not None, f"{self.name} has no pattern"
+        return self.wanted
+
+    @property
+    def structured(self) -> bool:
+        """Whether the weight takes a pattern."""
+        return self.wanted is not None
+
+    @property
+    def label(self) -> str:
+        """What it takes, in words: "2:4", "1:16/4" or "unstructured"."""
+        return UNSTRUCTURED if self.wanted is None else str(self.wanted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +157,8 @@ class _Weight:
 @dataclass(frozen=True, slots=True)
 class _Rule:
     glob: str
-    pattern: Pattern | None  # None: dense
+    pattern: Pattern | None
+    dense: bool = False
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -161,20 +183,22 @@ def clean_name(name: str) -> str:
     return name
 
 
-def find_targets(model: nn.Module, pattern: Pattern, layers: Mapping[str, str] | None = None) -> Selection:
+def find_targets(model: nn.Module, pattern: Pattern | None, layers: Mapping[str, str] | None = None) -> Selection:
     """Divide the weights of a model into sparse and dense.
 
     Args:
         model: any model; wrapped by DDP or torch.compile is fine. It is only looked at.
-        pattern: what every target takes unless `layers` says otherwise.
+        pattern: what every target takes unless `layers` says otherwise; None for a method without a pattern.
         layers: globs over names of parameters, of layers and of modules around them, each with "N:M", "N:M/V" or
-            "dense". The last glob that matches wins. Without a V of its own an entry takes that of `pattern`.
+            "dense". The last glob that matches wins. Without a V of its own an entry takes that of `pattern`. Where
+            there is no pattern, "sparse" makes a target of what would stay dense by default, depthwise ones included.
 
     Returns:
         Every parameter with two or more dimensions, as a target or as skipped with its reason.
 
     Raises:
-        TargetError: if nothing takes the pattern, a glob matches nothing, or no match of a glob can take its pattern.
+        TargetError: if nothing takes the pattern, a glob matches nothing, no match of a glob can take its pattern, or
+            an entry of `layers` is a pattern where there is none.
         PatternError: if an entry of `layers` is not a pattern.
         MethodError: if the parameters are sharded (FSDP, DTensor).
     """
@@ -184,7 +208,7 @@ def find_targets(model: nn.Module, pattern: Pattern, layers: Mapping[str, str] |
     rules = [_parse_rule(glob, value, pattern) for glob, value in (layers or {}).items()]
     for rule in rules:
         _check_rule(rule, inner, weights)
-    roles = _roles(inner, weights)
+    roles = _roles(inner, weights) | (_depthwise(weights) if pattern is None else {})
     decisions = [_decide(weight, _last_match(weight, rules), pattern, roles) for weight in weights]
     skipped = tuple(d for d in decisions if isinstance(d, Skipped))
     targets = tuple(d for d in decisions if isinstance(d, Target))
@@ -233,9 +257,16 @@ def _weights(model: nn.Module) -> list[_Weight]:
     return [_Weight(parameter, tuple(places)) for parameter, places in uses.items()]
 
 
-def _parse_rule(glob: str, value: str, default: Pattern) -> _Rule:
-    if value.strip().lower() == DENSE:
-        return _Rule(glob, None)
+def _parse_rule(glob: str, value: str, default: Pattern | None) -> _Rule:
+    word = value.strip().lower()
+    if word == DENSE:
+        return _Rule(glob, None, dense=True)
+    if default is None:
+        if word == SPARSE:
+            return _Rule(glob, None)
+        raise TargetError(
+            f'layers: {glob!r} = {value!r}: an unstructured method has no patterns; write "{SPARSE}" or "{DENSE}"'
+        )
     try:
         return _Rule(glob, Pattern.parse(value, default.vector))
     except PatternError as error:
@@ -254,12 +285,13 @@ def _check_rule(rule: _Rule, model: nn.Module, weights: Iterable[_Weight]) -> No
         known = [*names, *(_clean_inner(name) for name, _ in model.named_parameters())]
         if not any(fnmatchcase(name, rule.glob) for name in known):
             raise TargetError(f"layers: {rule.glob!r} matches no layer of the model.{did_you_mean(rule.glob, names)}")
-    if rule.pattern is None:
+    if rule.dense:
         return
     reasons = [_why_dense(weight, rule.pattern, {}) for weight in matched]
     if all(reasons):
         why = _most_frequent(filter(None, reasons)) or "no weight with input channels"
-        raise TargetError(f"layers: nothing that {rule.glob!r} matches can take {rule.pattern}: {why}")
+        can = f"can take {rule.pattern}" if rule.pattern else "can be sparse"
+        raise TargetError(f"layers: nothing that {rule.glob!r} matches {can}: {why}")
 
 
 def _roles(model: nn.Module, weights: Sequence[_Weight]) -> dict[str, str]:
@@ -274,6 +306,12 @@ def _roles(model: nn.Module, weights: Sequence[_Weight]) -> dict[str, str]:
     stem = _inside(owners, config.get("first_conv"), first_only=True) or owners[:1]
     classifier = _inside(owners, config.get("classifier")) if config else linear[-1:]
     return {**dict.fromkeys(classifier, CLASSIFIER), **dict.fromkeys(stem, STEM)}
+
+
+def _depthwise(weights: Sequence[_Weight]) -> dict[str, str]:
+    """Names of depthwise layers -> why they stay dense unless told otherwise: they hold few weights."""
+    uses = [(weight, use) for weight in weights for use in weight.uses]
+    return {use.owner: DEPTHWISE for weight, use in uses if use.groups > 1 and weight.parameter.shape[1] == 1}
 
 
 def _timm_config(model: nn.Module) -> Mapping[str, Any]:
@@ -291,35 +329,40 @@ def _inside(owners: Sequence[str], listed: str | Iterable[str] | None, *, first_
     return found
 
 
-def _decide(weight: _Weight, rule: _Rule | None, default: Pattern, roles: Mapping[str, str]) -> Target | Skipped:
+def _decide(weight: _Weight, rule: _Rule | None, default: Pattern | None, roles: Mapping[str, str]) -> Target | Skipped:
     pattern = rule.pattern if rule else default
-    if pattern is None:
-        reason: str | None = f"dense by layers: {rule.glob!r}" if rule else None
+    if rule is not None and rule.dense:
+        reason: str | None = f"dense by layers: {rule.glob!r}"
     else:
         reason = _why_dense(weight, pattern, {} if rule else roles)
-    if pattern is None or reason:
-        return Skipped(weight.name, tuple(weight.parameter.shape), reason or DENSE)
-    return _target(weight, pattern)
+    return Skipped(weight.name, tuple(weight.parameter.shape), reason) if reason else _target(weight, pattern)
 
 
-def _target(weight: _Weight, pattern: Pattern) -> Target:
+def _target(weight: _Weight, pattern: Pattern | None) -> Target:
     use = weight.uses[0]
-    outputs = weight.parameter.shape[0] // use.groups
-    vector = math.gcd(outputs, pattern.vector)
-    per_group = " per group" if use.groups > 1 else ""
-    note = f"vector {pattern.vector} -> {vector}: {outputs} output channels{per_group}"
+    fitted, note = (None, "") if pattern is None else _fit_vector(weight, pattern)
     return Target(
         name=weight.name,
         module=use.owner,
         kind=_kind(use.module) or "linear",
-        pattern=pattern.with_vector(vector),
+        wanted=fitted,
         weight=weight.parameter,
         groups=use.groups,
-        note="" if vector == pattern.vector else note,
+        note=note,
     )
 
 
-def _why_dense(weight: _Weight, pattern: Pattern, roles: Mapping[str, str]) -> str | None:
+def _fit_vector(weight: _Weight, pattern: Pattern) -> tuple[Pattern, str]:
+    """The pattern with the vector length that the output channels can take, and a note if it is another one."""
+    groups = weight.uses[0].groups
+    outputs = weight.parameter.shape[0] // groups
+    vector = math.gcd(outputs, pattern.vector)
+    per_group = " per group" if groups > 1 else ""
+    note = f"vector {pattern.vector} -> {vector}: {outputs} output channels{per_group}"
+    return pattern.with_vector(vector), "" if vector == pattern.vector else note
+
+
+def _why_dense(weight: _Weight, pattern: Pattern | None, roles: Mapping[str, str]) -> str | None:
     """The reason why a weight cannot or should not take the pattern, None if it can. A tied weight needs all uses."""
     parameter = weight.parameter
     reasons = [roles.get(use.owner) or _obstacle(use) or _misfit(parameter, use.groups, pattern) for use in weight.uses]
@@ -384,13 +427,15 @@ def _unknown(cls: type[nn.Module]) -> str:
     return f"{cls.__name__} has a forward of its own: it may transform its weight"
 
 
-def _misfit(parameter: nn.Parameter, groups: int, pattern: Pattern) -> str | None:
+def _misfit(parameter: nn.Parameter, groups: int, pattern: Pattern | None) -> str | None:
     """Why the pattern does not go into a weight [O, I, *K], None if it does."""
     inputs = parameter.shape[1]
     if not parameter.is_floating_point():
         return f"dtype {parameter.dtype} is not a real floating-point type"
+    if pattern is None:
+        return None if parameter.numel() else "empty"
     if groups > 1 and inputs == 1:
-        return "depthwise convolution: one input channel per group"
+        return DEPTHWISE
     if inputs == 0 or inputs % pattern.m:
         per_group = " per group" if groups > 1 else ""
         return f"{inputs} input channel{'s' * (inputs != 1)}{per_group}: not a multiple of {pattern.m}"
@@ -401,6 +446,8 @@ def _most_frequent(reasons: Iterable[str], most: int = 3) -> str:
     return "; ".join(f"{reason} ({count}x)" for reason, count in Counter(reasons).most_common(most))
 
 
-def _nothing_matched(pattern: Pattern, skipped: Sequence[Skipped]) -> str:
+def _nothing_matched(pattern: Pattern | None, skipped: Sequence[Skipped]) -> str:
     why = _most_frequent(s.reason for s in skipped) or "the model has no weights"
+    if pattern is None:
+        return f"no layer can be sparse: {why}; choose another model, or name layers explicitly in `layers`"
     return f"no layer takes {pattern}: {why}; choose a smaller M, another model, or name layers explicitly in `layers`"

@@ -11,7 +11,7 @@ from torch import nn
 
 from lbc_cli.errors import MethodError, PatternError, TargetError
 from lbc_cli.patterns import Pattern, check_shape
-from lbc_cli.targets import CLASSIFIER, STEM, Selection, clean_name, find_targets, unwrap
+from lbc_cli.targets import CLASSIFIER, DEPTHWISE, STEM, Selection, clean_name, find_targets, unwrap
 
 TWO_FOUR = Pattern(2, 4)
 
@@ -388,3 +388,33 @@ def test_the_model_is_only_looked_at() -> None:
     find_targets(model, TWO_FOUR)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_without_a_pattern_the_same_layers_are_targets_whatever_divides_them() -> None:
+    model = on_meta("efficientnet_b0")
+    free, bound = find_targets(model, None), find_targets(model, TWO_FOUR)
+    assert set(names(bound)) < set(names(free))
+    left = reasons(free)
+    assert {left[name] for name in reasons(bound) if name in left} <= {STEM, CLASSIFIER, DEPTHWISE}
+    assert {reasons(bound)[name] for name in set(names(free)) - set(names(bound))} == {
+        f"{odd} input channels: not a multiple of 4" for odd in (6, 10)
+    }
+    assert {(target.structured, target.label, target.note) for target in free.targets} == {(False, "unstructured", "")}
+    with pytest.raises(AssertionError, match="has no pattern"):
+        _ = free.targets[0].pattern
+
+
+def test_without_a_pattern_globs_say_sparse_or_dense() -> None:
+    selection = find_targets(small(), None, {"3": "dense", "0": "sparse", "4": " Sparse "})
+    assert names(selection) == ["0.weight", "1.weight", "4.weight"]
+    assert reasons(selection) == {"3.weight": "dense by layers: '3'"}
+    depthwise = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Linear(8, 2))
+    assert names(find_targets(depthwise, None, {"1": "sparse"})) == ["1.weight"]
+    with pytest.raises(TargetError, match="'1' = '2:4': an unstructured method has no patterns"):
+        find_targets(small(), None, {"1": "2:4"})
+    with pytest.raises(TargetError, match="no layer can be sparse: stem"):
+        find_targets(depthwise, None)
+    with pytest.raises(TargetError, match=r"nothing that '0' matches can be sparse: .*transposed"):
+        find_targets(nn.Sequential(nn.ConvTranspose2d(4, 4, 2), nn.Linear(4, 4)), None, {"0": "sparse"})
+    with pytest.raises(PatternError, match="'sparse' is not a pattern"):
+        find_targets(small(), TWO_FOUR, {"1": "sparse"})
