@@ -72,10 +72,13 @@ class CpuLayer(nn.Module):
         if images.dtype != self.dtype:
             raise ValueError(f"inputs are {images.dtype}, the layer was made for {self.dtype}")
         walk = self._walk_over(images.shape[2], images.shape[3]) if self._same else self._walk
+        # Past the dispatcher where nobody looks on: it takes as long as a small layer's work.
+        plain = type(images) is Tensor and not torch.compiler.is_compiling()
+        run = cpu_ops.nm_conv2d if plain else _OPERATOR
         if self.dtype == torch.float32:
-            return _OPERATOR(images, self.values, self.index, self.bias, residual, self._numbers, walk, self.relu)
+            return run(images, self.values, self.index, self.bias, residual, self._numbers, walk, self.relu)
         wide = None if residual is None else residual.float()
-        result = _OPERATOR(images.float(), self.values, self.index, self.bias, wide, self._numbers, walk, self.relu)
+        result = run(images.float(), self.values, self.index, self.bias, wide, self._numbers, walk, self.relu)
         return result.to(self.dtype)
 
     def _walk_over(self, height: int, width: int) -> list[int]:

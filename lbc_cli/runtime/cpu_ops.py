@@ -79,10 +79,10 @@ def pack(weight: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
     Raises:
         PatternError: if a group holds more than N non-zeros.
     """
-    native, described = library.kernels(), _weight(packing)
+    native, (described, _, sizes) = library.kernels(), _described(*packing)
     dense = weight.detach().to("cpu", FLOAT).contiguous()
-    values = torch.empty(native.lbc_values(byref(described)), dtype=torch.bfloat16 if packing.half else FLOAT)
-    index = torch.empty(native.lbc_index_bytes(byref(described)), dtype=torch.uint8)
+    values = torch.empty(sizes[0], dtype=torch.bfloat16 if packing.half else FLOAT)
+    index = torch.empty(sizes[1], dtype=torch.uint8)
     fault = native.lbc_pack(byref(described), dense.data_ptr(), values.data_ptr(), index.data_ptr())
     if fault >= 0:
         place = [int(part) for part in torch.unravel_index(torch.tensor(fault), packing.shape)]
@@ -95,13 +95,19 @@ def unpack(values: Tensor, index: Tensor, packing: Packing) -> Tensor:
     """The dense weight, float32 [O, I, kh, kw]: bit for bit what was packed, the sign of zeros included."""
     dense = torch.empty(packing.shape)
     native = library.kernels()
-    native.lbc_unpack(byref(_weight(packing)), values.data_ptr(), index.data_ptr(), dense.data_ptr())
+    native.lbc_unpack(byref(_described(*packing)[0]), values.data_ptr(), index.data_ptr(), dense.data_ptr())
     return dense
 
 
 @functools.lru_cache(maxsize=4096)
-def _weight(packing: Packing) -> library.Weight:
-    return library.Weight(*packing)
+def _described(*numbers: int) -> tuple[library.Weight, Packing, tuple[int, int]]:
+    """A packing for the kernels, and how many values and bytes of index it has."""
+    native, weight = library.kernels(), library.Weight(*numbers)
+    return (
+        weight,
+        Packing(*numbers),
+        (int(native.lbc_values(byref(weight))), int(native.lbc_index_bytes(byref(weight)))),
+    )
 
 
 @functools.cache
@@ -136,8 +142,8 @@ def nm_conv2d(
         ValueError: for inputs that do not fit.
     """
     run, isa, fork = _settings()
-    packing = Packing(*weight)
-    _check(x, values, index, bias, packing)
+    described, packing, sizes = _described(*weight)
+    _check(x, values, index, bias, packing, sizes)
     x = _channels_last(x)
     images, _, height, width = x.shape
     size = output_size(height, width, weight, geometry)
@@ -168,7 +174,7 @@ def nm_conv2d(
         torch.get_num_threads(),
         fork,
     )
-    if failed := run(byref(_weight(packing)), byref(call)):
+    if failed := run(byref(described), byref(call)):
         raise (
             MemoryError("no memory for the input of a CPU kernel")
             if failed == -2
@@ -177,21 +183,16 @@ def nm_conv2d(
     return out
 
 
-def _check(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, packing: Packing) -> None:
+def _check(
+    x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, packing: Packing, sizes: tuple[int, int]
+) -> None:
     """Kernels read where the numbers say: nothing but this keeps them inside their tensors."""
     if x.dtype != FLOAT or x.dim() != 4 or x.shape[1] != packing.inputs:
         raise ValueError(f"the input is {x.dtype} {list(x.shape)}: float32 [n, {packing.inputs}, h, w] is needed")
-    sizes = _sizes(packing)
     if (values.numel(), index.numel()) != sizes or values.dtype != (torch.bfloat16 if packing.half else FLOAT):
         raise ValueError(f"the packed weight has {values.numel()} values and {index.numel()} bytes: {sizes} are needed")
     if bias is not None and (bias.numel() != packing.out or bias.dtype != FLOAT):
         raise ValueError(f"the bias is {bias.dtype} {list(bias.shape)}: float32 [{packing.out}] is needed")
-
-
-@functools.lru_cache(maxsize=4096)
-def _sizes(packing: Packing) -> tuple[int, int]:
-    native, described = library.kernels(), byref(_weight(packing))
-    return int(native.lbc_values(described)), int(native.lbc_index_bytes(described))
 
 
 def _channels_last(images: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ constexpr int64_t first_level = 32 * 1024;     // bytes of input under a tile an
 constexpr int64_t band_bytes = 384 * 1024;     // input and output of a band
 constexpr int64_t group_bytes = 256 * 1024;    // weights that are used for all tiles of a band in turn
 constexpr int64_t conflict = 4096;             // bytes between pixels that meet in one set of the first-level cache
+constexpr size_t values_ahead = 2048;          // bytes that are asked for ahead of a group's first use
 constexpr int64_t small_work = 1 << 15;        // register-wide products that are not worth a second thread
 
 const Isa *isa_of(int64_t number) {
@@ -278,7 +279,11 @@ void run_band(const Plan &plan, const Band &band, int64_t first_block, int64_t e
             tile.first = chunk == 0;
             tile.last = chunk == l.chunks - 1;
             tile.relu = c.relu != 0;
-            each_tile(plan, band, [&](const Place &at) { run_tile(plan, band, tile, at); });
+            tile.ahead = values_ahead;
+            each_tile(plan, band, [&](const Place &at) {
+                run_tile(plan, band, tile, at);
+                tile.ahead = 0;
+            });
         }
     }
 }

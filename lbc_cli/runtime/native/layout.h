@@ -77,6 +77,7 @@ struct Tile {
     int64_t steps, slots;  // slots of a step (vector: one step)
     int64_t blocks;
     int64_t lanes;  // output channels in all
+    size_t ahead;   // bytes: how far values are fetched ahead; 0 where they are in the cache
     float *out0, *out1;
     size_t out_pixel;
     const float *residual0, *residual1;  // null: none

@@ -45,6 +45,14 @@ LBC_INLINE typename A::R load_values(const char *values, int64_t at) {
         return A::load((const float *)values + at);
 }
 
+// Asks for the lines of W registers of values some bytes ahead: too many streams for the processor to see by itself.
+template <class A, bool Half, int W>
+LBC_INLINE void fetch_values(const char *values, int64_t at, size_t ahead) {
+    constexpr int bytes = W * A::lanes * (Half ? 2 : 4);
+    const char *from = values + at * (Half ? 2 : 4) + ahead;
+    for (int line = 0; line < bytes; line += 64) __builtin_prefetch(from + line);
+}
+
 // f(0), f(1), ... f(N - 1) with constants, so that what they index stays in registers.
 template <class F, int... I>
 LBC_INLINE void unrolled(F &f, std::integer_sequence<int, I...>) {
@@ -83,6 +91,15 @@ struct Sums {
             } else {
                 each<P>([&](auto p) __attribute__((always_inline)) { of[p][w] = load_up_to(out(t, p) + o, n); });
             }
+        });
+    }
+
+    // Lines that will be written are asked for before the products, not after them.
+    LBC_INLINE void fetch_out(const Tile &t, int64_t at) {
+        each<P>([&](auto p) __attribute__((always_inline)) {
+            each<(W * A::lanes + 15) / 16>([&](auto w) __attribute__((always_inline)) {
+                __builtin_prefetch(out(t, p) + at + 16 * w, 1);
+            });
         });
     }
 
@@ -125,6 +142,7 @@ void permuted(const Tile &t) {
             if (at >= t.lanes) break;
             Sums<A, P, 1> sums;
             sums.begin(t, at, t.lanes - at);
+            if (t.first) sums.fetch_out(t, at);
             int64_t slot = part;
             for (int64_t r = 0; r < t.kh; r++)
                 for (int64_t s = 0; s < t.kw; s++) {
@@ -134,6 +152,7 @@ void permuted(const Tile &t) {
                         for (int64_t k = 0; k < t.slots; k++) {
                             const auto where = A::positions(index + slot);
                             const auto weight = load_values<A, Half>(values, slot);
+                            fetch_values<A, Half, 1>(values, slot, t.ahead);
                             slot += block;
                             each<P0>([&](auto p) __attribute__((always_inline)) {
                                 sums.of[p][0] = A::fma(weight, A::template pick<G>(pixel<p>(x0, d1, d3, d5), where),
@@ -170,6 +189,7 @@ void shared(const Tile &t) {
             if (at >= t.lanes) break;
             Sums<A, P, W> sums;
             sums.begin(t, at, t.lanes - at);
+            if (t.first) sums.fetch_out(t, at);
             const uint16_t *channel = index;
             int64_t slot = part;
             for (int64_t r = 0; r < t.kh; r++)
@@ -183,6 +203,7 @@ void shared(const Tile &t) {
                         each<W>([&](auto w) __attribute__((always_inline)) {
                             weight[w] = load_values<A, Half>(values, slot + w * A::lanes);
                         });
+                        fetch_values<A, Half, W>(values, slot, t.ahead);
                         slot += B;
                         each<P0>([&](auto p) __attribute__((always_inline)) {
                             const auto x = A::spread((const float *)pixel<p>(y0, d1, d3, d5));
