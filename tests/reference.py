@@ -7,10 +7,12 @@ single position a score of its own instead, the oracle of `removal = "weights"`.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -146,3 +148,98 @@ class PaperLbc:
                     layer.scores.mul_(1 - lr / peak / memory).sub_(layer.scores.grad, alpha=lr / peak)
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+
+@functools.cache
+def group_lists(shape: tuple[int, ...], m: int, v: int) -> list[list[list[int]]]:
+    """`group_indices` as plain lists."""
+    return group_indices(shape, m, v).tolist()  # type: ignore[no-any-return]
+
+
+def magnitude_mask(weight: Tensor, keep: int, m: int, v: int) -> Tensor:
+    """Keep the `keep` positions of largest magnitude (summed over the rows) of every group, one group after another."""
+    values, mask = weight.flatten().tolist(), [0.0] * weight.numel()
+    for group in group_lists(tuple(weight.shape), m, v):
+        size = [sum(abs(values[row[i]]) for row in group) for i in range(m)]
+        for position in sorted(range(m), key=lambda i: (-size[i], i))[:keep]:
+            for row in group:
+                mask[row[position]] = 1.0
+    return torch.tensor(mask, dtype=weight.dtype).reshape(weight.shape)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """W~ = E * W; backward passes g, plus decay (1 - E) W where it is asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, mask: Tensor, decay: float) -> Tensor:
+        ctx.save_for_backward(weight, mask)
+        ctx.decay = decay
+        return weight * mask
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        weight, mask = ctx.saved_tensors
+        return grad + ctx.decay * (1 - mask) * weight, None, None
+
+
+class PaperSrSte:
+    """SR-STE as its authors wrote it: an autograd function in the forward pass of dense parameters.
+
+    Args:
+        model: its parameters are the dense weights.
+        targets: parameter name -> (n, m, v).
+        make_optimizer: builds the optimizer from the parameters.
+        decay: of removed weights.
+        t_i, t_f: of the gradual schedule; both 0: constant.
+        accumulate: backward passes per update; the authors' term is added in each, so that it is divided here.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: dict[str, tuple[int, int, int]],
+        make_optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer],
+        *,
+        decay: float,
+        t_i: int = 0,
+        t_f: int = 0,
+        accumulate: int = 1,
+    ) -> None:
+        self.model = model
+        self.weights = dict(model.named_parameters())
+        self.targets, self.when = targets, (t_i, t_f)
+        self.optimizer = make_optimizer(list(self.weights.values()))
+        self.decay = decay / accumulate
+        if self.optimizer.param_groups[0].get("maximize"):
+            self.decay = -self.decay
+        self.kept: dict[str, int] = {}
+        self.masks: dict[str, Tensor] = {}
+
+    def begin_epoch(self, epoch: int) -> None:
+        for name, (n, m, _) in self.targets.items():
+            self.kept[name] = survivors(epoch, *self.when, m, n, "survivors")
+        self.draw()
+
+    def draw(self) -> None:
+        """Masks of the next forward passes."""
+        for name, (_, m, v) in self.targets.items():
+            self.masks[name] = magnitude_mask(self.weights[name].detach(), self.kept[name], m, v)
+
+    def effective(self) -> dict[str, Tensor]:
+        """What the forward pass multiplies by."""
+        return {
+            name: _StraightThrough.apply(weight, self.masks[name], self.decay) if name in self.targets else weight
+            for name, weight in self.weights.items()
+        }
+
+    def backward(self, loss_of: Callable[[Callable[..., Tensor]], Tensor]) -> None:
+        """Accumulate the gradients of one batch."""
+        effective = self.effective()
+        loss_of(lambda *inputs: torch.func.functional_call(self.model, effective, inputs)).backward()
+
+    def step(self, lr: float) -> None:
+        """Update the dense weights, clear the gradients."""
+        self.optimizer.param_groups[0]["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.draw()

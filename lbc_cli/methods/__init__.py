@@ -17,6 +17,7 @@ from lbc_cli.errors import MethodError, did_you_mean
 from lbc_cli.methods.base import MethodOptions, Pruner
 from lbc_cli.methods.dense import Dense, DenseOptions
 from lbc_cli.methods.lbc import Lbc, LbcOptions
+from lbc_cli.methods.srste import SrSte, SrSteOptions
 from lbc_cli.patterns import Pattern
 from lbc_cli.targets import Selection, find_targets
 
@@ -33,6 +34,7 @@ class MethodInfo:
         options: the schema of its recipe options.
         build: makes the pruner from (model, optimizer, selection, epochs, options).
         sparse: whether it makes weights sparse at all.
+        structured: whether it takes an N:M pattern; methods that do not are told a sparsity in their options.
     """
 
     description: str
@@ -40,11 +42,13 @@ class MethodInfo:
     options: type[MethodOptions]
     build: Callable[[nn.Module, Optimizer, Selection, int, Any], Pruner]
     sparse: bool = True
+    structured: bool = True
 
 
 METHODS: dict[str, MethodInfo] = {
     "lbc": MethodInfo("learn the best N of M combination by gradual removal", "NeurIPS 2022", LbcOptions, Lbc),
     "dense": MethodInfo("dense training, the baseline", "-", DenseOptions, Dense, sparse=False),
+    "sr-ste": MethodInfo("magnitude mask at every step, dense weights behind it", "ICLR 2021", SrSteOptions, SrSte),
 }
 
 
