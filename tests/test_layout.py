@@ -30,16 +30,19 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("engine",),
     ("training", "exports", "oneshot", "accuracy", "bench"),
     ("report",),
+    ("sweeps",),
     ("cli",),
     ("__main__",),
 )
-# flops counts what targets finds; runs writes through checkpoint's atomic files; accuracy measures what exports writes.
+# flops counts what targets finds; runs writes through checkpoint's atomic files; accuracy measures what exports writes;
+# bench names things in graphs as exports does.
 BESIDE = {
     ("flops", "targets"),
     ("runs", "checkpoint"),
     ("checkpoint", "packing"),
     ("accuracy", "exports"),
     ("accuracy", "training"),
+    ("bench", "exports"),
 }
 
 

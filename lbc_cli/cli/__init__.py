@@ -16,6 +16,7 @@ from lbc_cli.cli.export import export
 from lbc_cli.cli.inspect import inspect
 from lbc_cli.cli.prune import prune
 from lbc_cli.cli.recipes import list_recipes, recipe_schema, show_recipe
+from lbc_cli.cli.sweep import sweep
 from lbc_cli.cli.train import train
 from lbc_cli.cli.verify import verify
 
@@ -31,6 +32,7 @@ app = typer.Typer(
 recipes = typer.Typer(name="recipe", help="Look at recipes.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(recipes)
 app.command()(train)
+app.command()(sweep)
 app.command()(prune)
 app.command()(convert)
 app.command()(verify)

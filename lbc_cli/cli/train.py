@@ -31,7 +31,14 @@ def train(
     ] = None,
     recipe: RecipeName = None,
     override: Overrides = None,
-    method: Annotated[str | None, typer.Option("--method", help="lbc, or dense for the baseline.")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            "--method",
+            help="lbc, or dense for the baseline; gmp, rigl and dnw remove a share of all weights, --set "
+            "method.sparsity=0.9, and take no --pattern.",
+        ),
+    ] = None,
     epochs: Annotated[int | None, typer.Option("--epochs", metavar="N", help="Passes over the data.")] = None,
     pretrained: Annotated[bool | None, typer.Option("--pretrained", help="Start from timm's weights.")] = None,
     init: Annotated[Path | None, typer.Option("--init", metavar="FILE", help="Start from this weight file.")] = None,
@@ -155,21 +162,12 @@ def _run(job: Job, folder: RunFolder, console: Console, as_json: bool, *, resumi
 @contextlib.contextmanager
 def _curves_at_the_end(job: Job, folder: RunFolder) -> Iterator[None]:
     """Draw the curves of what was trained, also of a run that was interrupted or failed."""
+    from lbc_cli.report import run_curves
+
     try:
         yield
     except BaseException:
         with contextlib.suppress(LbcError):  # what ended the run is what the user must hear of
-            _draw_curves(job, folder)
+            run_curves(job, folder)
         raise
-    _draw_curves(job, folder)
-
-
-def _draw_curves(job: Job, folder: RunFolder) -> None:
-    from lbc_cli.report import curves
-    from lbc_cli.report.describe import versions
-    from lbc_cli.runs import read_epochs
-
-    records = read_epochs(folder.metrics_jsonl)
-    if records:
-        footnote = f"{versions()}, seed {job.settings.seed}, {job.device}"
-        curves(records, folder.curves, title=f"{job.title} on {job.source.name}", footnote=footnote)
+    run_curves(job, folder)

@@ -12,10 +12,10 @@ from pydantic.fields import FieldInfo
 
 from lbc_cli.errors import did_you_mean
 from lbc_cli.recipe.emit import toml_value
-from lbc_cli.recipe.layers import Layer, Problem
+from lbc_cli.recipe.layers import Layer, Problem, takes_pattern
 from lbc_cli.recipe.lines import KeyPath, dotted
 from lbc_cli.recipe.rules import broken_rules
-from lbc_cli.recipe.schema import Recipe
+from lbc_cli.recipe.schema import Recipe, Sparsity
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -49,7 +49,7 @@ def validate(layer: Layer) -> tuple[Recipe, list[Problem]]:
     recipe, errors = _check_types(layer.values)
     options, more = _check_method(recipe.method)
     errors |= more
-    recipe = recipe.model_copy(update={"method": options})
+    recipe = recipe.model_copy(update={"method": options, "sparsity": _without_pattern(recipe, layer)})
     problems = [Problem(layer.origin_of(path), dotted(path), text) for path, text in errors.items()]
     problems += _check_rules(recipe, layer, errors)
     return recipe, sorted(problems, key=lambda problem: problem.order)
@@ -94,6 +94,14 @@ def _check_method(method: Mapping[str, Any]) -> tuple[dict[str, Any], dict[KeyPa
         return {"name": name, **model.model_validate(given).model_dump()}, {}
     except ValidationError as error:
         return {"name": name, **given}, dict(_option_errors(error, name, METHODS))
+
+
+def _without_pattern(recipe: Recipe, layer: Layer) -> Sparsity:
+    """The sparsity table; no default pattern for a method that has none."""
+    given = layer.values.get("sparsity")
+    if takes_pattern(recipe.method.get("name")) or (isinstance(given, dict) and "pattern" in given):
+        return recipe.sparsity
+    return recipe.sparsity.model_copy(update={"pattern": ""})
 
 
 def _option_errors(
@@ -144,6 +152,8 @@ def _choices(details: ErrorDetails) -> list[str]:
 
 
 def _unknown(path: KeyPath, siblings: list[str], owners: list[str]) -> str:
+    if path == ("sweep",):
+        return "a table of many runs: carry them out with lbc sweep FILE"
     what = "unknown key" if len(path) > 1 else "unknown key or table"
     if owners:
         return f"{what}: {path[-1]} belongs to {' or '.join(owners)}"

@@ -35,7 +35,7 @@ def command_layer(overrides: Sequence[str], flags: Mapping[str, Any]) -> tuple[L
         else:
             text = f"{given[clash][1].place} and {origin.place} disagree: give one of them"
             problems.append(Problem(None, dotted(path), text))
-    return _nested(given), problems
+    return nested(given), problems
 
 
 def _assignments(
@@ -88,7 +88,8 @@ def _clash(known: KeyPath, old: Any, path: KeyPath, new: Any) -> bool:
     return known[:shared] == path[:shared]
 
 
-def _nested(given: Mapping[KeyPath, tuple[Any, Origin]]) -> Layer:
+def nested(given: Mapping[KeyPath, tuple[Any, Origin]]) -> Layer:
+    """Values by path as one layer, each with its origin."""
     layer = Layer()
     for path, (value, origin) in given.items():
         table = layer.values

@@ -56,8 +56,31 @@ def resolve(
             an unknown method, flags that contradict --set.
     """
     chain = Chain() if recipe is None else read_chain(recipe)
+    return resolve_chain(chain, _name(recipe), overrides=overrides, flags=flags)
+
+
+def resolve_chain(
+    chain: Chain,
+    name: str,
+    *,
+    above: Layer | None = None,
+    overrides: Sequence[str] = (),
+    flags: Mapping[str, Any] | None = None,
+) -> ResolvedRecipe:
+    """Turn files that were read, and a command line, into values.
+
+    Args:
+        chain: a recipe and what it extends.
+        name: what the recipe is called.
+        above: values that stand over the files and under the command line.
+        overrides: "a.b=v" of every --set.
+        flags: dotted key -> value of the flags that were given; None: not given.
+
+    Raises:
+        RecipeError: as `resolve` does.
+    """
     command, disagreements = command_layer(overrides, flags or {})
-    layer = merge(chain.merged(), command)
+    layer = merge(merge(chain.merged(), above or Layer()), command)
     resolved, problems = validate(layer)
     problems = [*chain.problems, *disagreements, *problems]
     if problems:
@@ -66,7 +89,7 @@ def resolve(
     return ResolvedRecipe(
         recipe=resolved,
         provenance=provenance(resolved.model_dump(), origins),
-        name=_name(recipe),
+        name=name,
         extends=tuple(map(short_label, chain.files)),
     )
 

@@ -13,7 +13,7 @@ from lbc_cli.report.formats import (
     format_seconds,
     format_shape,
 )
-from lbc_cli.report.plots import curves
+from lbc_cli.report.plots import curves, run_curves
 from lbc_cli.report.progress import TrainingProgress, task
 from lbc_cli.report.tables import (
     format_plan,
@@ -76,6 +76,7 @@ __all__ = [
     "print_summary",
     "print_train_bench",
     "print_verify",
+    "run_curves",
     "table",
     "task",
     "train_bench_record",

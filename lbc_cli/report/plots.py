@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from lbc_cli.runs import RunFolder
+    from lbc_cli.training import Job
+
 Records = Sequence[Mapping[str, Any]]
 
 BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
@@ -152,6 +155,20 @@ def curves(records: Records, path: str | PathLike[str], *, title: str = "", foot
 
     atomic_write_bytes(path, [_png(panels, records, title, footnote)])
     return True
+
+
+def run_curves(job: Job, folder: RunFolder) -> None:
+    """Draw the curves of a run into its folder, if it got as far as an epoch.
+
+    Raises:
+        OutputError: if they cannot be written.
+    """
+    from lbc_cli.report.describe import versions
+    from lbc_cli.runs import read_epochs
+
+    footnote = f"{versions()}, seed {job.settings.seed}, {job.device}"
+    title = f"{job.title} on {job.source.name}"
+    curves(read_epochs(folder.metrics_jsonl), folder.curves, title=title, footnote=footnote)
 
 
 def _png(panels: Sequence[Panel], records: Records, title: str, footnote: str) -> bytes:
