@@ -145,35 +145,19 @@ def nm_conv2d(
     described, packing, sizes = _described(*weight)
     _check(x, values, index, bias, packing, sizes)
     x = _channels_last(x)
-    images, _, height, width = x.shape
-    size = output_size(height, width, weight, geometry)
-    if min(size) < 1:
-        raise ValueError(f"images of {height} x {width} are smaller than the kernel {packing.kh} x {packing.kw}")
-    out = torch.empty((images, packing.out, *size), dtype=FLOAT, memory_format=torch.channels_last)
+    template, shape = _shaped(packing, tuple(geometry), x.shape, x.stride())
+    out = torch.empty(shape, dtype=FLOAT, memory_format=torch.channels_last)
+    call = library.Call.from_buffer_copy(template)
+    call.x, call.values, call.index, call.out = x.data_ptr(), values.data_ptr(), index.data_ptr(), out.data_ptr()
+    if bias is not None:
+        call.bias = bias.data_ptr()
     if residual is not None:
         if residual.shape != out.shape or residual.dtype != FLOAT:
             raise ValueError(f"the residual is {residual.dtype} {list(residual.shape)}, the result {list(out.shape)}")
         residual = _channels_last(residual)
-    call = library.Call(
-        x.data_ptr(),
-        values.data_ptr(),
-        index.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        None if residual is None else residual.data_ptr(),
-        out.data_ptr(),
-        images,
-        height,
-        width,
-        *size,
-        *_strides(x),
-        *_strides(out),
-        *((0, 0, 0) if residual is None else _strides(residual)),
-        *geometry[:6],
-        relu,
-        isa,
-        torch.get_num_threads(),
-        fork,
-    )
+        call.residual = residual.data_ptr()
+        call.residual_image, _, call.residual_row, call.residual_pixel = residual.stride()
+    call.relu, call.isa, call.threads, call.fork = relu, isa, torch.get_num_threads(), fork
     if failed := run(byref(described), byref(call)):
         raise (
             MemoryError("no memory for the input of a CPU kernel")
@@ -181,6 +165,24 @@ def nm_conv2d(
             else RuntimeError(f"the CPU kernel refused the call: {failed}")
         )
     return out
+
+
+@functools.lru_cache(maxsize=4096)
+def _shaped(
+    packing: Packing, geometry: tuple[int, ...], shape: Sequence[int], strides: Sequence[int]
+) -> tuple[library.Call, tuple[int, ...]]:
+    """A call's numbers, all but pointers, for inputs of a shape and strides; and the shape of the result."""
+    images, _, height, width = shape
+    size = output_size(height, width, packing, geometry)
+    if min(size) < 1:
+        raise ValueError(f"images of {height} x {width} are smaller than the kernel {packing.kh} x {packing.kw}")
+    image, _, row, pixel = strides
+    rows, columns = size
+    call = library.Call(images=images, in_h=height, in_w=width, out_h=rows, out_w=columns)
+    call.x_image, call.x_row, call.x_pixel = image, row, pixel
+    call.out_image, call.out_row, call.out_pixel = (step * packing.out for step in (rows * columns, columns, 1))
+    call.stride_h, call.stride_w, call.dilation_h, call.dilation_w, call.pad_top, call.pad_left = geometry[:6]
+    return call, (images, packing.out, rows, columns)
 
 
 def _check(
@@ -200,11 +202,6 @@ def _channels_last(images: Tensor) -> Tensor:
     if images.stride(1) == 1 or images.shape[1] == 1:
         return images
     return images.contiguous(memory_format=torch.channels_last)
-
-
-def _strides(images: Tensor) -> tuple[int, int, int]:
-    image, _, row, pixel = images.stride()
-    return image, row, pixel
 
 
 def _fake(

@@ -1,15 +1,15 @@
-"""Sums and ReLUs taken into the sparse layers before them: one pass over the result instead of three.
+"""Sums and ReLUs taken into the layers before them: one pass over the result instead of three.
 
 The converted model is traced by torch.fx (timm's own list says which of its modules are to be left whole), and in its
 graph
 
     layer -> ReLU                  becomes  layer with relu
-    layer -> sum with a tensor     becomes  layer with that residual
-    layer -> sum -> ReLU           both
+    sparse layer -> sum            becomes  sparse layer with the other term as residual
+    sparse layer -> sum -> ReLU    both
 
 where nothing else reads what is replaced, where both terms of the sum have one shape and dtype, and where nothing is
 computed between the layer and the sum: what a residual holds is then the same at both places. Identities and dropout,
-which do nothing in eval mode, go away. Values are those of the unfused model, bit for bit.
+which do nothing in eval mode, go away. Sparse layers give the values of the unfused model, bit for bit.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional
 
+from lbc_cli.runtime.cpu_dense import PackedLayer
 from lbc_cli.runtime.cpu_layers import CpuLayer
 
 _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
@@ -54,7 +55,7 @@ class _Tracer(fx.Tracer):
         from timm.models import get_notrace_functions, get_notrace_modules
 
         super().__init__(autowrap_functions=tuple(get_notrace_functions()))
-        self._whole = (CpuLayer, *get_notrace_modules())
+        self._whole = (CpuLayer, PackedLayer, *get_notrace_modules())
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module is one node of the graph."""
@@ -80,8 +81,8 @@ def fuse(model: nn.Module, sample: Tensor) -> tuple[nn.Module, Fusion]:
         first = " ".join(str(error).split())[:200]
         return model, Fusion(reason=f"torch.fx cannot trace {type(model).__name__}: {first}")
     _drop_identities(traced)
-    sums = sum([_fuse_sum(traced, node) for node in _layers(traced)])
-    relus = sum([_fuse_relu(traced, node) for node in _layers(traced)])
+    sums = sum([_fuse_sum(traced, node) for node in _layers(traced, (CpuLayer,))])
+    relus = sum([_fuse_relu(traced, node) for node in _layers(traced, (CpuLayer, PackedLayer))])
     traced.graph.eliminate_dead_code()
     traced.graph.lint()
     traced.recompile()
@@ -110,9 +111,9 @@ def _drop_identities(traced: fx.GraphModule) -> None:
             traced.graph.erase_node(node)
 
 
-def _layers(traced: fx.GraphModule) -> Iterator[fx.Node]:
-    """The sparse layers that are called once: what is fused into a layer holds for all of its calls."""
-    nodes = [node for node in traced.graph.nodes if isinstance(_module(traced, node), CpuLayer)]
+def _layers(traced: fx.GraphModule, kinds: tuple[type[nn.Module], ...]) -> Iterator[fx.Node]:
+    """The layers that are called once: what is fused into a layer holds for all of its calls."""
+    nodes = [node for node in traced.graph.nodes if isinstance(_module(traced, node), kinds)]
     targets = [node.target for node in nodes]
     return (node for node in nodes if targets.count(node.target) == 1)
 
@@ -147,7 +148,7 @@ def _fuse_relu(traced: fx.GraphModule, layer: fx.Node) -> bool:
     if not isinstance(module, nn.ReLU) and (user.op == "call_module" or user.target not in _RELUS):
         return False
     fused = _module(traced, layer)
-    assert isinstance(fused, CpuLayer)
+    assert isinstance(fused, CpuLayer | PackedLayer)
     fused.relu = True
     user.replace_all_uses_with(layer)
     traced.graph.erase_node(user)

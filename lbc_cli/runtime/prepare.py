@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lbc_cli.patterns import Pattern
 from lbc_cli.runtime.convert import Executed, convert
+from lbc_cli.runtime.cpu_dense import pack_dense_layers
 from lbc_cli.runtime.cpu_layers import CpuLayer
 from lbc_cli.runtime.executors import Executor
 from lbc_cli.runtime.fold import fold_batch_norms
@@ -63,11 +64,13 @@ class Prepared:
             dtype: as for `convert`.
             device: as for `convert`.
             choices: as for `convert`.
-            fuse: where layers run on CPU kernels, take sums and ReLUs into them, and batches in slices that fit the
-                cache: the model is then one graph with the model's call, not an instance of its class.
+            fuse: where layers run on CPU kernels, pack the weights of the dense ones, take sums and ReLUs into the
+                layers before them, and batches in slices that fit the cache: the model is then one graph with the
+                model's call, not an instance of its class.
         """
         model, report = convert(self.model, self.layers(), executors, dtype=dtype, device=device, choices=choices)
         if fuse and any(isinstance(module, CpuLayer) for module in model.modules()):
+            pack_dense_layers(model, [name for name, use in self.seen.uses.items() if use.calls])
             model, done = fuse_layers(model, self.sample.to(device=device, dtype=dtype))
             model = sliced(model, self.seen, self.sample)
             note_fusion(model, done)

@@ -37,7 +37,8 @@ class Sliced(nn.Module):
         if len(images) <= self.images:
             result: Tensor = self.model(images)
             return result
-        return torch.cat([self.model(part) for part in torch.split(images, self.images)])
+        parts = torch.tensor_split(images, -(-len(images) // self.images))  # of nearly equal sizes
+        return torch.cat([self.model(part) for part in parts])
 
 
 def sliced(model: nn.Module, seen: Trace, sample: Tensor) -> nn.Module:
@@ -55,13 +56,13 @@ def sliced(model: nn.Module, seen: Trace, sample: Tensor) -> nn.Module:
 
 
 def images_at_once(seen: Trace, batch: int) -> int:
-    """Images whose largest pair of a layer's input and output takes at most half of the last cache."""
+    """Images whose largest pair of a layer's input and output takes at most two thirds of the last cache."""
     pairs = [
         _FLOAT * (_elements(inputs) + _elements(outputs)) // batch
         for use in seen.uses.values()
         for inputs, outputs in zip(use.inputs, use.outputs, strict=True)
     ]
-    return max(1, last_cache() // 2 // max(pairs, default=1))
+    return max(1, 2 * last_cache() // 3 // max(pairs, default=1))
 
 
 def _elements(shape: tuple[int, ...]) -> int:

@@ -32,6 +32,7 @@ from lbc_cli.checkpoint import atomic_write_text
 from lbc_cli.errors import CheckpointError
 from lbc_cli.runtime.clock import Times, interleaved
 from lbc_cli.runtime.convert import ways_of
+from lbc_cli.runtime.cpu_dense import packed
 from lbc_cli.runtime.executors import DENSE, Executor
 from lbc_cli.runtime.layer import Layer
 from lbc_cli.runtime.prepare import Prepared
@@ -196,8 +197,9 @@ def time_layer(
 
 
 def dense_module(layer: Layer, *, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """A dense copy of a layer, channels last."""
-    return copy.deepcopy(layer.module).to(device=device, dtype=dtype).to(memory_format=torch.channels_last).eval()
+    """A dense copy of a layer as models run it: channels last, on a CPU with packed weights."""
+    dense = copy.deepcopy(layer.module).to(device=device, dtype=dtype).to(memory_format=torch.channels_last).eval()
+    return packed(dense)
 
 
 def example(shape: Shape, batch: int, dtype: torch.dtype, device: torch.device) -> Tensor:
