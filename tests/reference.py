@@ -243,3 +243,47 @@ class PaperSrSte:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.draw()
+
+
+class PaperAsp:
+    """Dense training, one magnitude mask, then dense parameters multiplied by it in every forward pass.
+
+    Args:
+        model: its parameters are the dense weights.
+        targets: parameter name -> (n, m, v).
+        make_optimizer: builds the optimizer from the parameters.
+        dense_epochs: before the mask.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: dict[str, tuple[int, int, int]],
+        make_optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer],
+        *,
+        dense_epochs: int,
+    ) -> None:
+        self.model, self.targets, self.dense_epochs = model, targets, dense_epochs
+        self.weights = dict(model.named_parameters())
+        self.optimizer = make_optimizer(list(self.weights.values()))
+        self.masks = {name: torch.ones_like(self.weights[name]) for name in targets}
+
+    def begin_epoch(self, epoch: int) -> None:
+        if epoch == self.dense_epochs:
+            for name, nmv in self.targets.items():
+                self.masks[name] = magnitude_mask(self.weights[name].detach(), *nmv)
+
+    def effective(self) -> dict[str, Tensor]:
+        """What the forward pass multiplies by."""
+        return {name: w * self.masks[name] if name in self.masks else w for name, w in self.weights.items()}
+
+    def backward(self, loss_of: Callable[[Callable[..., Tensor]], Tensor]) -> None:
+        """Accumulate the gradients of one batch."""
+        effective = self.effective()
+        loss_of(lambda *inputs: torch.func.functional_call(self.model, effective, inputs)).backward()
+
+    def step(self, lr: float) -> None:
+        """Update the weights, clear the gradients."""
+        self.optimizer.param_groups[0]["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()

@@ -23,6 +23,7 @@ METHOD = pytest.mark.parametrize("method", METHODS)
 VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
     *((name, {}) for name in METHODS),
     ("sr-ste", {"schedule": "gradual"}),
+    ("asp", {"dense_epochs": 2}),
 )
 VARIANT = pytest.mark.parametrize(("method", "options"), VARIANTS, ids=lambda value: str(value))
 

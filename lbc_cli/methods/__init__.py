@@ -17,6 +17,7 @@ from lbc_cli.errors import MethodError, did_you_mean
 from lbc_cli.methods.base import MethodOptions, Pruner
 from lbc_cli.methods.dense import Dense, DenseOptions
 from lbc_cli.methods.lbc import Lbc, LbcOptions
+from lbc_cli.methods.magnitude import Asp, AspOptions
 from lbc_cli.methods.srste import SrSte, SrSteOptions
 from lbc_cli.patterns import Pattern
 from lbc_cli.targets import Selection, find_targets
@@ -49,6 +50,7 @@ METHODS: dict[str, MethodInfo] = {
     "lbc": MethodInfo("learn the best N of M combination by gradual removal", "NeurIPS 2022", LbcOptions, Lbc),
     "dense": MethodInfo("dense training, the baseline", "-", DenseOptions, Dense, sparse=False),
     "sr-ste": MethodInfo("magnitude mask at every step, dense weights behind it", "ICLR 2021", SrSteOptions, SrSte),
+    "asp": MethodInfo("magnitude mask once, then training under it", "NVIDIA 2021", AspOptions, Asp),
 }
 
 
