@@ -80,7 +80,7 @@ def default_name(model: str, method: str, pattern: Pattern | str | None, root: P
     Args:
         model: timm name; characters that a path cannot hold safely become underscores.
         method: name in METHODS.
-        pattern: N:M or N:M/V, written 2_4 or 2_4v16; None leaves it out.
+        pattern: N:M or N:M/V, written 2_4 or 2_4v16, or what else tells how sparse it is; None leaves it out.
         root: parent folder.
     """
     parts = [re.sub(r"[^A-Za-z0-9_-]+", "_", text).strip("_") or "unnamed" for text in (model, method)]

@@ -59,8 +59,12 @@ class Ramp:
             )
         return cls(t_i, end, rounding)
 
-    def remaining(self, epoch: int) -> Fraction:
-        """(1 - x)^3 with x = (t - t_i) / (t_f - t_i): the exact share of the removable that is left at `epoch`."""
+    def remaining(self, epoch: int | Fraction) -> Fraction:
+        """(1 - x)^3 with x = (t - t_i) / (t_f - t_i): the exact share of the removable that is left at `epoch`.
+
+        Args:
+            epoch: counted from 0; a fraction is a time within an epoch.
+        """
         if epoch >= self.t_f:
             return Fraction(0)
         if epoch <= self.t_i:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lbc_cli import checkpoint, data, flops, models, runs, weights
+from lbc_cli import checkpoint, data, distill, flops, models, runs, weights
 from lbc_cli.engine import FitResult, FitSettings, NullReporter, Reporter, fit, make_deterministic
 from lbc_cli.environment import describe_environment
 from lbc_cli.errors import CheckpointError, ModelError, OutputError, UsageError, VerificationError
@@ -35,6 +35,7 @@ from lbc_cli.verifier import Report, verify
 
 GENERATED = "generated"
 _SMOKE_EPOCHS = 4
+_REPLACED = ("data.source", "distill.teacher", "distill.model")  # a smoke run has others, and says so
 # Time and memory differ from run to run: they stay out of the checkpoint, so that equal runs give equal bytes.
 _MEASURED = frozenset({"seconds", "images_per_second", "data_wait", "memory"})
 
@@ -55,10 +56,10 @@ class Job:
     settings: FitSettings
 
     @property
-    def pattern(self) -> Pattern:
-        """The pattern asked for; single layers may have another."""
+    def pattern(self) -> Pattern | None:
+        """The pattern asked for, single layers may have another; None for methods without one."""
         sparsity = self.resolved.recipe.sparsity
-        return Pattern.parse(sparsity.pattern, sparsity.vector)
+        return Pattern.parse(sparsity.pattern, sparsity.vector) if self.sparse and self.structured else None
 
     @property
     def sparse(self) -> bool:
@@ -66,16 +67,30 @@ class Job:
         return METHODS[self.pruner.method].sparse
 
     @property
+    def structured(self) -> bool:
+        """Whether the method takes an N:M pattern."""
+        return METHODS[self.pruner.method].structured
+
+    @property
+    def sparsity(self) -> float | None:
+        """The share to remove that an unstructured method was told; None for methods that are told none."""
+        told: float | None = self.resolved.recipe.method.get("sparsity") if not self.structured else None
+        return told
+
+    @property
     def title(self) -> str:
-        """Model, method and pattern, for people."""
+        """Model, method and pattern or sparsity, for people."""
         name = f"{self.resolved.recipe.model.name} · {self.pruner.method}"
-        return f"{name} {self.pattern}" if self.sparse else name
+        if self.sparsity is not None:
+            return f"{name}, sparsity {self.sparsity:g}"
+        return name if self.pattern is None else f"{name} {self.pattern}"
 
     @property
     def default_folder(self) -> Path:
         """Where the run goes unless the user says so."""
         model = self.resolved.recipe.model.name
-        return runs.default_name(model, self.pruner.method, self.pattern if self.sparse else None)
+        pattern = self.pattern if self.sparsity is None else f"s{self.sparsity:g}"
+        return runs.default_name(model, self.pruner.method, pattern)
 
     def count(self) -> flops.Cost:
         """Parameters and multiply-adds of the dense model at the run's image size."""
@@ -143,13 +158,15 @@ def smoke(resolved: ResolvedRecipe) -> ResolvedRecipe:
         "schedule.decay_milestones": [2] if recipe.schedule.name == "multistep" else [],
         "schedule.decay_epochs": 2 if recipe.schedule.name == "step" else recipe.schedule.decay_epochs,
         "augment.mixup_off_epoch": min(2, recipe.augment.mixup_off_epoch),
+        "distill.teacher": distill.GENERATED if recipe.distill.teacher else "",
+        "distill.model": "",
     }
     options = {key: value for key, value in recipe.method.items() if key != "name"}
     short = METHODS[recipe.method["name"]].options.model_validate(options).shortened(_SMOKE_EPOCHS)
     values |= {f"method.{key}": value for key, value in short.items()}
     for key, value in values.items():
         origin = resolved.provenance.get(key, "")
-        if origin.startswith("--") and key != "data.source" and _value(resolved, key) != value:
+        if origin.startswith("--") and key not in _REPLACED and _value(resolved, key) != value:
             raise UsageError(f"--smoke sets {key} = {value!r} itself: drop it from {origin}, or run without --smoke")
     return with_values(resolved, values, "--smoke")
 
@@ -216,7 +233,7 @@ def prepare(resolved: ResolvedRecipe, progress: Callable[[int], None] = lambda c
     pruner = attach(
         model,
         optimizer,
-        pattern=recipe.sparsity.pattern,
+        pattern=recipe.sparsity.pattern or None,
         vector=recipe.sparsity.vector,
         layers=recipe.sparsity.layers,
         method=recipe.method["name"],
@@ -224,7 +241,16 @@ def prepare(resolved: ResolvedRecipe, progress: Callable[[int], None] = lambda c
         **options,
     )
     settings = FitSettings.of(recipe.train, device)
-    job = Job(resolved, device, source, loaders, model, optimizer, scheduler, pruner, make_task(recipe), settings)
+    task = distill.distilled(
+        make_task(recipe),
+        recipe.distill,
+        student=recipe.model,
+        pixels=loaders.pixels,
+        classes=source.class_names,
+        device=device,
+        channels_last=recipe.train.channels_last,
+    )
+    job = Job(resolved, device, source, loaders, model, optimizer, scheduler, pruner, task, settings)
     _check_runs(job)
     return job
 
@@ -398,7 +424,8 @@ def summary(job: Job, outcome: Outcome) -> dict[str, Any]:
     return {
         "model": job.resolved.recipe.model.name,
         "method": job.pruner.method,
-        "pattern": str(job.pattern) if job.sparse else None,
+        "pattern": None if job.pattern is None else str(job.pattern),
+        "sparsity": job.sparsity,
         "data": job.source.name,
         "seed": job.settings.seed,
         "epochs": job.settings.epochs,

@@ -21,6 +21,7 @@ from lbc_cli.patterns import Pattern, magnitude_mask
 class FakeTarget:
     name: str
     pattern: Pattern
+    structured: bool = True
 
 
 class FakePruner:

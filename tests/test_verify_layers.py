@@ -146,9 +146,10 @@ def test_dense_layers_of_a_checkpoint_are_explained(tmp_path: Path) -> None:
     assert {dense.name: dense.why for dense in verify(tmp_path / "m").dense} == {
         "stem.weight": "3 input channels, not a multiple of 4",
         "deep.weight": "depthwise convolution: one input channel per group",
-        "free.weight": "pruned without a pattern",
         "fc.weight": "classifier",
     }
+    (counted,) = verify(tmp_path / "m").counted
+    assert (counted.name, counted.nonzeros, counted.claimed, counted.density) == ("free.weight", 128, 128, 1.0)
 
 
 # The first violations.

@@ -34,7 +34,7 @@ class PrunerLike(Protocol):
 
     @property
     def targets(self) -> Any:
-        """Each with a `name` and a `pattern`."""
+        """Each with a `name`, and a `pattern` where its `structured` says so."""
 
     @property
     def phase(self) -> str:
@@ -121,13 +121,14 @@ def save(
         model: any model; wrapped by DDP or torch.compile is fine.
         path: the file; its folder must exist.
         pruner: gives masks, patterns, method and phase. In the phase "final" its targets are stored packed, and checked
-            against their patterns; before, everything is dense. None: everything is dense.
+            against their patterns; those without a pattern are stored dense, and their non-zeros are recorded. Before,
+            everything is dense. None: everything is dense.
         arch: {"arch", "kwargs", "task"} to create the model again; None: derived from a timm model, unknown for others.
         metrics: what was measured; JSON.
         recipe: the resolved recipe as TOML.
         epoch: None: the pruner's.
         tensors: a state dict to store in place of the model's own, such as an average of its weights.
-        unstructured: names of dense tensors that were pruned without a pattern; their non-zeros are recorded.
+        unstructured: names of more dense tensors that were pruned without a pattern; their non-zeros are recorded.
         overwrite: replace a file that is there.
 
     Raises:
@@ -140,13 +141,15 @@ def save(
     deployed = contextlib.nullcontext() if pruner is None or tensors is not None else pruner.deployed()
     with torch.no_grad(), deployed:
         state = _state(model, tensors)
-        content = _Content(state, *_plan(state, pruner))
+        patterns, masks = _plan(state, pruner)
+        content = _Content(state, patterns, masks)
+        free = [*unstructured, *(name for name in masks if name not in patterns)]
         manifest = Manifest(
             arch=described["arch"],
             kwargs=described["kwargs"],
             task=described["task"],
             sparse=content.sparse,
-            unstructured=_count(unstructured, state),
+            unstructured=_count(free, state),
             method="dense" if pruner is None else str(pruner.method),
             phase="final" if pruner is None else pruner.phase,
             epoch=pruner.epoch if epoch is None and pruner is not None else epoch,
@@ -207,14 +210,23 @@ def _state(model: nn.Module, tensors: Mapping[str, Tensor] | None) -> dict[str, 
 
 
 def _plan(state: Mapping[str, Tensor], pruner: PrunerLike | None) -> tuple[dict[str, Pattern], dict[str, Tensor]]:
-    """Patterns and masks of the tensors to pack, by name."""
+    """Patterns of the tensors to pack, and masks of all sparse ones, by name.
+
+    Raises:
+        UsageError: if the pruner is another model's.
+        VerificationError: if a tensor without a pattern holds something where its mask says that nothing is left.
+    """
     if pruner is None or pruner.phase != "final":
         return {}, {}
-    patterns = {clean_name(target.name): target.pattern for target in pruner.targets}
-    masks = {clean_name(name): mask for name, mask in pruner.masks().items()} if patterns else {}
-    if missing := sorted(set(patterns) - (set(state) & set(masks))):
+    targets = {clean_name(target.name): target for target in pruner.targets}
+    masks = {clean_name(name): mask for name, mask in pruner.masks().items()} if targets else {}
+    if missing := sorted(set(targets) - (set(state) & set(masks))):
         raise UsageError(f"{missing[0]} is a target of the pruner, but not in the model: is it another model's pruner?")
-    return patterns, masks
+    patterns = {name: target.pattern for name, target in targets.items() if target.structured}
+    for name in targets.keys() - patterns.keys():
+        if rest := int(torch.count_nonzero(state[name].masked_fill(masks[name].to(state[name].device), 0))):
+            raise VerificationError(f"{name} holds {rest} weights that its mask says are removed; nothing was saved")
+    return patterns, {name: masks[name] for name in targets}
 
 
 def _count(names: Collection[str], state: Mapping[str, Tensor]) -> dict[str, int]:

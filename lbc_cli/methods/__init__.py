@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 from lbc_cli.errors import MethodError, did_you_mean
 from lbc_cli.methods.base import MethodOptions, Pruner
 from lbc_cli.methods.dense import Dense, DenseOptions
+from lbc_cli.methods.gmp import Gmp, GmpOptions
 from lbc_cli.methods.lbc import Lbc, LbcOptions
-from lbc_cli.methods.magnitude import Asp, AspOptions
 from lbc_cli.methods.srste import SrSte, SrSteOptions
 from lbc_cli.patterns import Pattern
 from lbc_cli.targets import Selection, find_targets
@@ -50,7 +50,7 @@ METHODS: dict[str, MethodInfo] = {
     "lbc": MethodInfo("learn the best N of M combination by gradual removal", "NeurIPS 2022", LbcOptions, Lbc),
     "dense": MethodInfo("dense training, the baseline", "-", DenseOptions, Dense, sparse=False),
     "sr-ste": MethodInfo("magnitude mask at every step, dense weights behind it", "ICLR 2021", SrSteOptions, SrSte),
-    "asp": MethodInfo("magnitude mask once, then training under it", "NVIDIA 2021", AspOptions, Asp),
+    "gmp": MethodInfo("remove the smallest weights, bit by bit", "2017", GmpOptions, Gmp, structured=False),
 }
 
 
@@ -82,7 +82,7 @@ def attach(
     model: nn.Module,
     optimizer: Optimizer,
     *,
-    pattern: str | Pattern = "2:4",
+    pattern: str | Pattern | None = None,
     method: str = "lbc",
     epochs: int,
     vector: int = 1,
@@ -97,11 +97,12 @@ def attach(
     Args:
         model: any module; DistributedDataParallel and torch.compile wrappers are looked through.
         optimizer: trains the model; element-wise, such as SGD or AdamW.
-        pattern: N:M for the layers that can take it.
+        pattern: N:M for the layers that can take it, 2:4 unless given; unstructured methods have none.
         method: one of METHODS.
         epochs: length of the run.
         vector: V output channels share a mask.
-        layers: glob over layer names -> "N:M", "N:M/V" or "dense"; the last that matches wins.
+        layers: glob over layer names -> "N:M", "N:M/V" or "dense"; the last that matches wins. For unstructured
+            methods "sparse" or "dense".
         **options: the method's own.
 
     Raises:
@@ -111,6 +112,16 @@ def attach(
     info = METHODS[method]
     if epochs < 1:
         raise MethodError(f"epochs = {epochs}: a run has at least one epoch")
-    wanted = pattern if isinstance(pattern, Pattern) else Pattern.parse(pattern, vector)
+    wanted = _wanted(method, pattern, vector)
     selection = find_targets(model, wanted, layers) if info.sparse else Selection((), ())
     return info.build(model, optimizer, selection, epochs, parsed)
+
+
+def _wanted(method: str, pattern: str | Pattern | None, vector: int) -> Pattern | None:
+    """The pattern asked for, None for a method without one."""
+    if not METHODS[method].structured:
+        if pattern is not None or vector != 1:
+            given = f"vector = {vector}" if pattern is None else f"pattern {pattern}"
+            raise MethodError(f"method {method} is unstructured, {given} does not apply to it: leave it out")
+        return None
+    return pattern if isinstance(pattern, Pattern) else Pattern.parse("2:4" if pattern is None else pattern, vector)

@@ -88,8 +88,8 @@ class Pruner(abc.ABC):
         """Pattern -> how many candidates (or weights) of a group the schedule leaves alive at `epoch`."""
 
     @abc.abstractmethod
-    def planned_density(self, epoch: int) -> float:
-        """Expected share of the targets' weights that is kept at `epoch`, known before training."""
+    def planned_density(self, epoch: int) -> float | None:
+        """Expected share of the targets' weights that is kept at `epoch`; None where only training will tell."""
 
     @abc.abstractmethod
     def planned_memory(self) -> dict[str, int]:
@@ -128,6 +128,10 @@ class Pruner(abc.ABC):
         removed = self.removed(target)
         if removed is not None:
             target.weight.masked_fill_(removed, 0)
+
+    def planned_densities(self) -> dict[str, float | None]:
+        """Name -> share of the weight that is kept in the end; None where only training will tell."""
+        return {t.name: t.pattern.density for t in self.targets}
 
     # The life of a pruner.
 

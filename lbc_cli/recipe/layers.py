@@ -77,15 +77,27 @@ def default_method() -> str:
 def merge(below: Layer, above: Layer) -> Layer:
     """Put one layer over another: tables merge, other values replace.
 
-    A layer that names another method than the one below starts that method's options afresh.
+    A layer that names another method than the one below starts that method's options afresh, and the pattern as well
+    where one of the two has none.
     """
     merged = Layer(copy.deepcopy(below.values), dict(below.origins))
     method = _method_of(below.values, default_method())
-    if _method_of(above.values, method) != method:
+    other = _method_of(above.values, method)
+    if other != method:
         _forget(merged, ("method",))
+        if takes_pattern(other) != takes_pattern(method):
+            _forget(merged, ("sparsity", "pattern"))
+            _forget(merged, ("sparsity", "vector"))
     _overlay(merged, merged.values, above.values, ())
     merged.origins.update(above.origins)
     return merged
+
+
+def takes_pattern(method: Any) -> bool:
+    """Whether a method has an N:M pattern; one that there is not is taken to have one."""
+    from lbc_cli.methods import METHODS  # loads torch
+
+    return not isinstance(method, str) or method not in METHODS or METHODS[method].structured
 
 
 def _method_of(values: Mapping[str, Any], otherwise: Any) -> Any:
@@ -107,10 +119,11 @@ def _overlay(layer: Layer, into: dict[str, Any], values: Mapping[str, Any], path
 
 def _forget(layer: Layer, path: KeyPath) -> None:
     *tables, key = path
-    table = layer.values
+    table: Any = layer.values
     for name in tables:
-        table = table[name]
-    table.pop(key, None)
+        table = table.get(name) if isinstance(table, dict) else None
+    if isinstance(table, dict):
+        table.pop(key, None)
     for known in [known for known in layer.origins if known[: len(path)] == path]:
         del layer.origins[known]
 

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from lbc_cli.errors import PatternError
-from lbc_cli.recipe.layers import leaves
+from lbc_cli.recipe.layers import leaves, takes_pattern
 from lbc_cli.recipe.lines import KeyPath
 from lbc_cli.recipe.schema import Recipe
 
 _EPOCHS: KeyPath = ("train", "epochs")
+SPARSE, DENSE = "sparse", "dense"  # of `sparsity.layers`, where there is no pattern
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,9 @@ def _patterns(recipe: Recipe) -> Iterator[Finding]:
     from lbc_cli.patterns import Pattern  # loads torch
 
     sparsity = recipe.sparsity
+    if not takes_pattern(recipe.method.get("name")):
+        yield from _no_patterns(recipe)
+        return
     texts: dict[KeyPath, str] = {("sparsity", "pattern"): sparsity.pattern}
     texts.update({("sparsity", "layers", glob): text for glob, text in sparsity.layers.items() if text != "dense"})
     for path, text in texts.items():
@@ -51,6 +55,36 @@ def _patterns(recipe: Recipe) -> Iterator[Finding]:
                 (path, ("sparsity", "vector")),
                 f"pattern {text!r} and vector {sparsity.vector} disagree: keep one of the two vector lengths",
             )
+
+
+def _no_patterns(recipe: Recipe) -> Iterator[Finding]:
+    """What an unstructured method cannot take."""
+    name, sparsity = recipe.method["name"], recipe.sparsity
+    if sparsity.pattern:
+        told = "sparsity" in recipe.method
+        remedy = f"; method.sparsity says how much it removes{_as_much(sparsity.pattern)}" if told else ""
+        yield Finding(
+            (("sparsity", "pattern"), ("method", "name")),
+            f"method {name} is unstructured, pattern {sparsity.pattern} does not apply to it: leave the pattern out"
+            + remedy,
+        )
+    if sparsity.vector != 1:
+        paths = (("sparsity", "vector"), ("method", "name"))
+        yield Finding(paths, f"method {name} is unstructured, no masks are shared: leave the vector length out")
+    for glob, text in sparsity.layers.items():
+        if text.strip().lower() not in (SPARSE, DENSE):
+            said = f'{text!r}: method {name} is unstructured and has no patterns: write "{SPARSE}" or "{DENSE}"'
+            yield Finding((("sparsity", "layers", glob),), said)
+
+
+def _as_much(text: str) -> str:
+    """The sparsity that is a pattern's, "" for what is none."""
+    from lbc_cli.patterns import Pattern
+
+    try:
+        return f" ({1 - Pattern.parse(text).density:g} is as much as {text})"
+    except PatternError:
+        return ""
 
 
 def _warm_up(recipe: Recipe) -> Iterator[Finding]:
@@ -103,6 +137,14 @@ def _jitter(recipe: Recipe) -> Iterator[Finding]:
         )
 
 
+def _teacher(recipe: Recipe) -> Iterator[Finding]:
+    if recipe.distill.teacher:
+        return
+    for key, field in type(recipe.distill).model_fields.items():
+        if getattr(recipe.distill, key) != field.default:
+            yield Finding((("distill", key),), f"there is no teacher to which {key} applies: set distill.teacher")
+
+
 def _plain_values(recipe: Recipe) -> Iterator[Finding]:
     for path, value in leaves(recipe.model_dump()):
         for item in _flat(value):
@@ -131,5 +173,6 @@ _RULES: tuple[Callable[[Recipe], Iterator[Finding]], ...] = (
     _mixing,
     _crop,
     _jitter,
+    _teacher,
     _plain_values,
 )

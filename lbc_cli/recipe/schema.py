@@ -43,13 +43,28 @@ class Model(Table):
 
 
 class Sparsity(Table):
-    """The N:M pattern and where it applies."""
+    """The N:M pattern and where it applies. Unstructured methods have none: their `method.sparsity` takes its place."""
 
-    pattern: str = Field(default="2:4", description="N:M: at most N of M consecutive input channels are kept")
+    pattern: str = Field(
+        default="2:4",
+        description='N:M: at most N of M consecutive input channels are kept; "" for unstructured methods',
+    )
     vector: Positive = Field(default=1, description="V output channels share one mask (vector-wise N:M)")
     layers: dict[str, str] = Field(
         default_factory=dict,
-        description='glob over layer names -> "N:M", "N:M/V" or "dense"; the last glob that matches wins',
+        description='glob over layer names -> "N:M", "N:M/V" or "dense", "sparse" or "dense" for unstructured methods; '
+        "the last glob that matches wins",
+    )
+
+
+class Distill(Table):
+    """A dense teacher that the student shall resemble (Hinton et al., 2015); none unless named."""
+
+    teacher: str = Field(default="", description="timm name (its pretrained weights) or a weight file; empty: none")
+    model: str = Field(default="", description="timm name of the teacher, where its file does not say it")
+    alpha: Probability = Field(default=0.5, description="weight of the teacher's part in the loss")
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        default=4.0, description="T that softens both outputs"
     )
 
 
@@ -162,6 +177,7 @@ class Recipe(Table):
     method: dict[str, Any] = Field(
         default_factory=lambda: {"name": "lbc"}, description="name = one of METHODS, and that method's own options"
     )
+    distill: Distill = Field(default_factory=Distill)
     data: Data = Field(default_factory=Data)
     augment: Augment = Field(default_factory=Augment)
     optimizer: Optimizer = Field(default_factory=Optimizer)

@@ -13,6 +13,7 @@ from lbc_cli.runs import RunFolder
 
 if TYPE_CHECKING:
     from lbc_cli.bench import StepTimes, TrainBench
+    from lbc_cli.flops import Cost
     from lbc_cli.training import Job, Outcome
     from lbc_cli.verifier import Report, Violation
 
@@ -29,7 +30,7 @@ def plan_view(job: Job, folder: str) -> views.PlanView:
     pruner = job.pruner
     rates = job.learning_rates()
     epochs = range(job.settings.epochs)
-    final = {target.name: target.pattern.density for target in pruner.targets}
+    final = pruner.planned_densities()
     schedule = [
         views.EpochView(
             epoch=epoch,
@@ -100,6 +101,12 @@ def verify_view(report: Report) -> views.VerifyView:
         findings=[finding.message for finding in report.findings if finding.level == "error"],
         warnings=[finding.message for finding in report.findings if finding.level == "warning"],
         facts=_verify_facts(report),
+        counted=[
+            views.CountedLayerView(
+                name=c.name, shape=tuple(c.shape), density=c.density, nonzeros=c.nonzeros, claimed=c.claimed
+            )
+            for c in report.counted
+        ],
         skipped=[views.SkippedView(name=d.name, shape=tuple(d.shape), reason=d.why) for d in report.dense],
         violations=[_violation_view(f.tensor, group) for f in report.findings for group in f.groups],
     )
@@ -178,6 +185,9 @@ def _facts(job: Job) -> dict[str, str]:
         **_hardware(),
         "device": str(job.device),
     }
+    if recipe.distill.teacher:
+        wanted = recipe.distill
+        facts["teacher"] = f"{wanted.teacher}, alpha {wanted.alpha:g}, temperature {wanted.temperature:g}"
     if job.source.dropped:
         facts["left out"] = f"{len(job.source.dropped)} unreadable images"
     return facts
@@ -195,12 +205,12 @@ def _hardware() -> dict[str, str]:
     return {"hardware": str(place), "versions": versions()}
 
 
-def _layers(job: Job, densities: Mapping[str, float]) -> list[views.LayerView]:
+def _layers(job: Job, densities: Mapping[str, float | None]) -> list[views.LayerView]:
     return [
         views.LayerView(
             name=target.name,
             shape=tuple(target.weight.shape),
-            pattern=str(target.pattern),
+            pattern=str(target.pattern) if target.structured else "",
             density=densities[target.name],
             note=target.note,
         )
@@ -212,17 +222,35 @@ def _skipped(job: Job) -> list[views.SkippedView]:
     return [views.SkippedView(name=s.name, shape=tuple(s.shape), reason=s.reason) for s in job.pruner.skipped]
 
 
-def _cost(job: Job, densities: Mapping[str, float]) -> views.CostView:
+def _cost(job: Job, densities: Mapping[str, float | None]) -> views.CostView:
+    """What is counted; what depends on a density that only training will tell is left open."""
     from lbc_cli import flops
 
     cost = job.count()
-    dense, sparse = flops.dense_totals(cost), flops.sparse_totals(cost, densities)
-    planned = [job.pruner.planned_density(epoch) for epoch in range(job.settings.epochs)]
-    share = flops.training_share(planned, sparse_passes=2)
+    dense = flops.dense_totals(cost)
+    known = {name: density for name, density in densities.items() if density is not None}
+    sparse = flops.sparse_totals(cost, known) if len(known) == len(densities) else None
     return views.CostView(
         parameters_dense=dense.params,
-        parameters_sparse=sparse.params,
+        parameters_sparse=_planned_parameters(job, dense.params) if sparse is None else sparse.params,
         macs_dense=dense.macs,
-        macs_sparse=sparse.macs,
-        training_share=flops.whole_model_share(cost, densities, share) if densities else None,
+        macs_sparse=None if sparse is None else sparse.macs,
+        training_share=_training_share(job, cost, densities),
     )
+
+
+def _planned_parameters(job: Job, dense: int) -> int | None:
+    """Parameters at the end where only their sum is known before training."""
+    density = job.pruner.planned_density(job.settings.epochs - 1)
+    weights = sum(target.weight.numel() for target in job.pruner.targets)
+    return None if density is None else dense - round(weights * (1 - density))
+
+
+def _training_share(job: Job, cost: Cost, densities: Mapping[str, float | None]) -> float | None:
+    from lbc_cli import flops
+
+    planned = [job.pruner.planned_density(epoch) for epoch in range(job.settings.epochs)]
+    if not densities or None in planned or not job.structured:
+        return None
+    share = flops.training_share([density for density in planned if density is not None], sparse_passes=2)
+    return flops.whole_model_share(cost, densities, share)

@@ -34,6 +34,7 @@ from lbc_cli.report.formats import (
 from lbc_cli.report.views import (
     CheckedLayerView,
     CostView,
+    CountedLayerView,
     EpochView,
     LayerView,
     PlanView,
@@ -85,16 +86,21 @@ def format_facts(facts: Mapping[str, str]) -> RenderableType:
 
 
 def format_layers(layers: Sequence[LayerView], title: str = "Sparse layers") -> RenderableType:
-    """One row per sparse layer; the notes have a column only where there are any."""
-    columns: dict[str, Align] = {"layer": "left", "shape": "left", "pattern": "left", "density": "right"}
-    noted = any(layer.note for layer in layers)
-    rows = [
-        [layer.name, format_shape(layer.shape), layer.pattern, format_density(layer.density), layer.note]
+    """One row per sparse layer; patterns and notes have a column only where there are any."""
+    columns: dict[str, Align] = {
+        "layer": "left",
+        "shape": "left",
+        "pattern": "left",
+        "density": "right",
+        "note": "left",
+    }
+    cells = [
+        (layer.name, format_shape(layer.shape), layer.pattern, format_density(layer.density), layer.note)
         for layer in layers
     ]
-    if noted:
-        columns["note"] = "left"
-    return table(f"{title} ({len(layers)})", columns, rows if noted else [row[:-1] for row in rows])
+    empty = {name for number, name in enumerate(columns) if not any(row[number] for row in cells)}
+    rows = [[cell for name, cell in zip(columns, row, strict=True) if name not in empty] for row in cells]
+    return table(f"{title} ({len(layers)})", {name: columns[name] for name in columns if name not in empty}, rows)
 
 
 def format_skipped(skipped: Sequence[SkippedView]) -> RenderableType:
@@ -129,7 +135,8 @@ def format_schedule(schedule: Sequence[EpochView]) -> RenderableType:
         alive = [str(first.survivors[pattern]) for pattern in patterns]
         epochs = _span(str(first.epoch), str(last.epoch), "-")
         rows.append([epochs, format_density(first.density), *alive, _span(format_rate(first.lr), format_rate(last.lr))])
-    return table("Schedule", columns, rows, caption="alive: candidates (or weights) per group still in the running")
+    caption = "alive: candidates (or weights) per group still in the running" if patterns else ""
+    return table("Schedule", columns, rows, caption=caption)
 
 
 def _span(first: str, last: str, between: str = " to ") -> str:
@@ -237,9 +244,10 @@ def format_verify(view: VerifyView) -> Parts:
         _title(f"Verify: {view.path}"),
         *([format_facts(view.facts)] if view.facts else []),
         *([_format_checked(view.layers)] if view.layers else []),
+        *([_format_counted(view.counted)] if view.counted else []),
         *([format_skipped(view.skipped)] if view.skipped else []),
         *([_format_violations(view.violations)] if view.violations else []),
-        format_verdict(view.ok, view.findings, len(view.layers), warnings=view.warnings),
+        format_verdict(view.ok, view.findings, len(view.layers) + len(view.counted), warnings=view.warnings),
     )
 
 
@@ -261,6 +269,21 @@ def _format_checked(layers: Sequence[CheckedLayerView]) -> RenderableType:
         for layer in layers
     ]
     return table(f"Sparse layers ({len(layers)})", columns, rows)
+
+
+def _format_counted(layers: Sequence[CountedLayerView]) -> RenderableType:
+    columns: Columns = {"layer": "left", "shape": "left", "density": "right", "non-zero": "right", "claimed": "right"}
+    rows: list[list[Cell]] = [
+        [
+            layer.name,
+            format_shape(layer.shape),
+            format_density(layer.density),
+            Text(str(layer.nonzeros), style="" if layer.nonzeros == layer.claimed else "red"),
+            str(layer.claimed),
+        ]
+        for layer in layers
+    ]
+    return table(f"Sparse layers without a pattern ({len(layers)})", columns, rows)
 
 
 def _format_violations(violations: Sequence[ViolationView]) -> RenderableType:

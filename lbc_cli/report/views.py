@@ -12,15 +12,15 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerView:
-    """A layer that takes the pattern."""
+    """A sparse layer."""
 
     name: str
     """Parameter name."""
     shape: tuple[int, ...]
     pattern: str
-    """N:M or N:M/V, as applied to this layer."""
-    density: float
-    """Share kept: planned at the end, or measured now."""
+    """N:M or N:M/V, as applied to this layer; "" for an unstructured method."""
+    density: float | None
+    """Share kept: planned at the end (None: only training will tell), or measured now."""
     note: str = ""
 
 
@@ -39,8 +39,8 @@ class EpochView:
 
     epoch: int
     """Counted from 0."""
-    density: float
-    """At most, over all sparse layers."""
+    density: float | None
+    """At most, over all sparse layers; None where only training will tell."""
     survivors: Mapping[str, int]
     """Pattern -> candidates (or weights) alive per group."""
     lr: float
@@ -52,7 +52,7 @@ class CostView:
     """Savings on paper: counted, not measured."""
 
     parameters_dense: int
-    parameters_sparse: int
+    parameters_sparse: int | None
     """Parameters that are not removed."""
     macs_dense: int | None = None
     macs_sparse: int | None = None
@@ -118,6 +118,18 @@ class CheckedLayerView:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CountedLayerView:
+    """A layer of a file that was pruned without a pattern, as the verifier saw it."""
+
+    name: str
+    shape: tuple[int, ...]
+    density: float
+    nonzeros: int
+    claimed: int
+    """Non-zeros that the file claims."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ViolationView:
     """A group that breaks its pattern."""
 
@@ -145,6 +157,8 @@ class VerifyView:
     """What is worth knowing, one line each."""
     facts: Mapping[str, str] = field(default_factory=dict)
     """Label -> value: format, method, phase, digest."""
+    counted: Sequence[CountedLayerView] = ()
+    """Layers that were pruned without a pattern."""
     skipped: Sequence[SkippedView] = ()
     """Weights of which no pattern is asked."""
     violations: Sequence[ViolationView] = ()

@@ -28,10 +28,10 @@ from lbc_cli.verifier.dense import check_pattern
 from lbc_cli.verifier.folder import check_folder
 from lbc_cli.verifier.model import check_model
 from lbc_cli.verifier.onnx import verify_onnx
-from lbc_cli.verifier.report import DenseReport, Finding, LayerReport, Report, Violation
+from lbc_cli.verifier.report import CountedReport, DenseReport, Finding, LayerReport, Report, Violation
 from lbc_cli.verifier.semi_structured import verify_semi_structured
 
-__all__ = ["DenseReport", "Finding", "LayerReport", "Report", "Violation", "verify"]
+__all__ = ["CountedReport", "DenseReport", "Finding", "LayerReport", "Report", "Violation", "verify"]
 
 # Findings after which a file's weights are not known, so that they cannot be compared.
 _DAMAGE = frozenset({"file", "digest", "positions", "padding"})
@@ -94,8 +94,10 @@ def _verify(artefact: Artefact, rules: LayerRules, model: str | None, free: bool
     _CHECKS[artefact.kind](artefact, rules, report)
     rules.check_globs(report)
     if rules.asked and not report.layers:
-        whys = "; ".join(f"{entry.name}: {entry.why}" for entry in report.dense[:3]) or "it has no weights"
-        report.add(Finding("pattern", "", f"no tensor can hold {rules.named()}: {whys}"))
+        counted = [f"{entry.name}: pruned without a pattern" for entry in report.counted]
+        whys = counted + [f"{entry.name}: {entry.why}" for entry in report.dense]
+        told = "; ".join(whys[:3]) or "it has no weights"
+        report.add(Finding("pattern", "", f"no tensor can hold {rules.named()}: {told}"))
 
 
 def _check_dense(artefact: Artefact, rules: LayerRules, report: Report) -> None:

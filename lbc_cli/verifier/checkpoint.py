@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 from lbc_cli.verifier.artefact import Artefact
@@ -9,7 +10,7 @@ from lbc_cli.verifier.choice import LayerRules
 from lbc_cli.verifier.dense import check_dense, check_pattern, check_rule
 from lbc_cli.verifier.groups import Rule
 from lbc_cli.verifier.packed import check_packed
-from lbc_cli.verifier.report import DenseReport, Finding, Report
+from lbc_cli.verifier.report import CountedReport, DenseReport, Finding, Report
 from lbc_cli.verifier.rules import Claims, read_claims
 from lbc_cli.verifier.source import Entry, Source
 
@@ -63,14 +64,16 @@ def _check_other(
     rule = rules.rule_for(entry.name, entry.shape)
     if rule is not None and rules.glob_for(entry.name) is not None:
         return check_rule(source, entry, rule, report)
-    digest, nonzeros = check_dense(source, entry, report)
     claimed = claims.unstructured.get(entry.name)
-    if len(entry.shape) > 1:
-        why = explained.why_dense(entry.name, entry.shape) or "the checkpoint keeps it dense"
-        report.dense.append(
-            DenseReport(entry.name, why if claimed is None else "pruned without a pattern", entry.shape)
-        )
-    if claimed not in (None, nonzeros):
+    digest, nonzeros = check_dense(source, entry, report, sparse=claimed is not None)
+    if claimed is None:
+        if len(entry.shape) > 1:
+            why = explained.why_dense(entry.name, entry.shape) or "the checkpoint keeps it dense"
+            report.dense.append(DenseReport(entry.name, why, entry.shape))
+        return digest
+    share = nonzeros / (math.prod(entry.shape) or 1)
+    report.counted.append(CountedReport(entry.name, entry.shape, share, nonzeros, claimed))
+    if claimed != nonzeros:
         message = f"{entry.name} has {nonzeros} non-zeros: the manifest says {claimed}"
         report.add(Finding("unstructured", entry.name, message))
     return digest

@@ -94,15 +94,17 @@ class LayerRules:
             UsageError: if a glob matches no weight, or no weight that it decides about can take its pattern.
         """
         checked = [layer.name for layer in report.layers]
-        weights = [*checked, *(dense.name for dense in report.dense)]
+        whys = {dense.name: dense.why for dense in report.dense}
+        whys |= {counted.name: self.why_dense(counted.name, counted.shape) for counted in report.counted}
+        weights = [*checked, *whys]
         for glob, rule in self.globs:
             if not any(matches(glob, name) for name in weights):
                 near = did_you_mean(glob, dict.fromkeys(around for name in weights for around in _around(name)))
                 raise UsageError(f"layers: {glob!r} matches no weight in {report.path}.{near}")
             decides = [name for name in weights if self.glob_for(name) == (glob, rule)]
             if rule and decides and not set(decides) & set(checked):
-                why = next(dense.why for dense in report.dense if dense.name == decides[0])
-                raise UsageError(f"layers: nothing that {glob!r} matches can take {rule}: {decides[0]}: {why}")
+                why = f"{decides[0]}: {whys[decides[0]]}"
+                raise UsageError(f"layers: nothing that {glob!r} matches can take {rule}: {why}")
 
     def _decide(self, name: str, shape: tuple[int, ...], weight: bool, groups: int) -> Rule | str:
         glob = self.glob_for(name)

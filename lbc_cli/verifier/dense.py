@@ -11,8 +11,14 @@ from lbc_cli.verifier.report import DenseReport, Report
 from lbc_cli.verifier.source import Entry, Source, Stream, row_blocks
 
 
-def check_dense(source: Source, entry: Entry, report: Report) -> tuple[str, int]:
+def check_dense(source: Source, entry: Entry, report: Report, *, sparse: bool = False) -> tuple[str, int]:
     """Look at the values of a tensor that follows no pattern.
+
+    Args:
+        source: the file.
+        entry: the tensor.
+        report: what is odd about the values is added.
+        sparse: whether its zeros mean something, so that they must be +0.0.
 
     Returns:
         SHA-256 of its bytes, and the number of its non-zeros.
@@ -21,7 +27,7 @@ def check_dense(source: Source, entry: Entry, report: Report) -> tuple[str, int]
     size = FORMATS[entry.dtype].size
     for first, last in row_blocks((entry.end - entry.begin) // size, 1):
         count(unsigned(stream.read((last - first) * size), entry.dtype), entry.dtype, tally.census)
-    report.findings += value_findings(entry.name, tally.census, sparse=False)
+    report.findings += value_findings(entry.name, tally.census, sparse=sparse)
     return stream.digest(), tally.census.nonzero
 
 

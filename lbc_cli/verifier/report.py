@@ -15,6 +15,8 @@ added. Version 1:
               whole, groups lists the first violating groups: {number, outputs: [first, last], kernel: [...],
               inputs: [first, last], used, values: [one line for each output channel]}
     layers    list of {name, shape, pattern, density, groups, under_filled}: tensors whose groups were all checked
+    counted   list of {name, shape, density, nonzeros, claimed}: weights pruned without a pattern, whose non-zeros the
+              manifest gives
     dense     list of {name, why, shape}: weights of which no pattern is asked
     model     null, or {name, kwargs, parameters}: the timm model that names and shapes were compared with
     against   null, or {path, kind, tensors, equal, rounded, different, missing, extra, digest}: the other artefact;
@@ -97,6 +99,19 @@ class LayerReport:
 
 
 @dataclass(frozen=True, slots=True)
+class CountedReport:
+    """A tensor that was pruned without a pattern."""
+
+    name: str
+    shape: tuple[int, ...]
+    density: float
+    """Share of the weights that is not zero."""
+    nonzeros: int
+    claimed: int
+    """Non-zeros according to the manifest."""
+
+
+@dataclass(frozen=True, slots=True)
 class DenseReport:
     """A tensor of two or more dimensions of which no pattern is asked."""
 
@@ -119,6 +134,7 @@ class Report:
     """SHA-256 of the manifest: it identifies the content of a checkpoint."""
     findings: list[Finding] = field(default_factory=list)
     layers: list[LayerReport] = field(default_factory=list)
+    counted: list[CountedReport] = field(default_factory=list)
     dense: list[DenseReport] = field(default_factory=list)
     model: dict[str, Any] | None = None
     """The timm model that names and shapes were compared with."""

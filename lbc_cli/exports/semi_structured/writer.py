@@ -39,7 +39,8 @@ class SemiStructured:
 
         plan = _plan(job)
         if not plan.layers:
-            whys = [f"{name}: {why}" for name, why in plan.dense.items() if name in job.patterns]
+            sparse = {**job.manifest.sparse, **job.manifest.unstructured}
+            whys = [f"{name}: {why}" for name, why in plan.dense.items() if name in sparse]
             told = "; ".join(whys[:3]) or "it has no sparse layers"
             raise UsageError(f"{job.source}: no layer can be stored semi-structured ({told}); try --format dense")
         if taken := sorted(parts(plan.layers) & set(job.infos)) or sorted(
