@@ -7,7 +7,7 @@ in and rounded on the way out; values are then stored in bfloat16 too. Sums are 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,6 @@ class CpuLayer(nn.Module):
         )
         values, index = cpu_ops.pack(kernel, self.packing)
         self._numbers = list(self.packing)
-        self._same = geometry.same
         self._walk = self._walk_over(1, 1)
         self.register_buffer("values", values, persistent=False)
         self.register_buffer("index", index, persistent=False)
@@ -67,11 +66,8 @@ class CpuLayer(nn.Module):
 
     def _run(self, images: Tensor, residual: Tensor | None) -> Tensor:
         """[n, I, h, w] to [n, O, h', w'], channels last."""
-        if images.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError("N:M layers on a CPU have no gradient: call the model under torch.inference_mode()")
-        if images.dtype != self.dtype:
-            raise ValueError(f"inputs are {images.dtype}, the layer was made for {self.dtype}")
-        walk = self._walk_over(images.shape[2], images.shape[3]) if self._same else self._walk
+        self.check(images)
+        walk = self.walk(images.shape)
         # Past the dispatcher where nobody looks on: it takes as long as a small layer's work.
         plain = type(images) is Tensor and not torch.compiler.is_compiling()
         run = cpu_ops.nm_conv2d if plain else _OPERATOR
@@ -81,8 +77,24 @@ class CpuLayer(nn.Module):
         result = run(images.float(), self.values, self.index, self.bias, wide, self._numbers, walk, self.relu)
         return result.to(self.dtype)
 
+    def check(self, images: Tensor) -> None:
+        """Refuse what the layer cannot take.
+
+        Raises:
+            RuntimeError: if a gradient is asked for.
+            ValueError: for another dtype than the layer's.
+        """
+        if images.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError("N:M layers on a CPU have no gradient: call the model under torch.inference_mode()")
+        if images.dtype != self.dtype:
+            raise ValueError(f"inputs are {images.dtype}, the layer was made for {self.dtype}")
+
+    def walk(self, shape: Sequence[int]) -> list[int]:
+        """The geometry as the operator takes it, for images [n, I, h, w]."""
+        return self._walk_over(shape[2], shape[3]) if self.geometry.same else self._walk
+
     def _walk_over(self, height: int, width: int) -> list[int]:
-        """The geometry as the operator takes it; the zeros around depend on the image only for "same" padding."""
+        """The zeros around depend on the image only for "same" padding."""
         left, right, top, bottom = self.geometry.pads(height, width)
         return [*self.geometry.stride, *self.geometry.dilation, top, left, bottom, right]
 

@@ -111,7 +111,7 @@ def _described(*numbers: int) -> tuple[library.Weight, Packing, tuple[int, int]]
 
 
 @functools.cache
-def _settings() -> tuple[Any, int, int | None]:
+def settings() -> tuple[Any, int, int | None]:
     """The function, the instruction set and the threads' entry: looked up once, as a call takes microseconds."""
     return library.kernels().lbc_run, library.chosen_isa(), library.fork()
 
@@ -141,11 +141,11 @@ def nm_conv2d(
         UsageError: for an instruction set that LBC_CPU_ISA names and this processor has not.
         ValueError: for inputs that do not fit.
     """
-    run, isa, fork = _settings()
+    run, isa, fork = settings()
     described, packing, sizes = _described(*weight)
     _check(x, values, index, bias, packing, sizes)
     x = _channels_last(x)
-    template, shape = _shaped(packing, tuple(geometry), x.shape, x.stride())
+    template, shape = shaped(packing, tuple(geometry), x.shape, x.stride())
     out = torch.empty(shape, dtype=FLOAT, memory_format=torch.channels_last)
     call = library.Call.from_buffer_copy(template)
     call.x, call.values, call.index, call.out = x.data_ptr(), values.data_ptr(), index.data_ptr(), out.data_ptr()
@@ -158,17 +158,25 @@ def nm_conv2d(
         call.residual = residual.data_ptr()
         call.residual_image, _, call.residual_row, call.residual_pixel = residual.stride()
     call.relu, call.isa, call.threads, call.fork = relu, isa, torch.get_num_threads(), fork
-    if failed := run(byref(described), byref(call)):
-        raise (
-            MemoryError("no memory for the input of a CPU kernel")
-            if failed == -2
-            else RuntimeError(f"the CPU kernel refused the call: {failed}")
-        )
+    check_status(run(byref(described), byref(call)))
     return out
 
 
+def check_status(failed: int) -> None:
+    """Raise what the kernels say.
+
+    Raises:
+        MemoryError: if they found no memory.
+        RuntimeError: if they have not the instruction set.
+    """
+    if failed == -2:
+        raise MemoryError("no memory for the input of a CPU kernel")
+    if failed:
+        raise RuntimeError(f"the CPU kernel refused the call: {failed}")
+
+
 @functools.lru_cache(maxsize=4096)
-def _shaped(
+def shaped(
     packing: Packing, geometry: tuple[int, ...], shape: Sequence[int], strides: Sequence[int]
 ) -> tuple[library.Call, tuple[int, ...]]:
     """A call's numbers, all but pointers, for inputs of a shape and strides; and the shape of the result."""

@@ -26,6 +26,7 @@ from torch.nn import functional
 
 from lbc_cli.runtime.cpu_dense import PackedLayer
 from lbc_cli.runtime.cpu_layers import CpuLayer
+from lbc_cli.runtime.segments import segment
 
 _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _RELUS = (functional.relu, torch.relu, torch.relu_, "relu", "relu_")
@@ -40,11 +41,13 @@ class Fusion:
     Attributes:
         relus: taken into a layer.
         sums: taken into a layer.
+        segments: of sparse convolutions in one call.
         reason: why nothing could be fused, "" if the model was traced.
     """
 
     relus: int = 0
     sums: int = 0
+    segments: int = 0
     reason: str = ""
 
 
@@ -84,12 +87,13 @@ def fuse(model: nn.Module, sample: Tensor) -> tuple[nn.Module, Fusion]:
     sums = sum([_fuse_sum(traced, node) for node in _layers(traced, (CpuLayer,))])
     relus = sum([_fuse_relu(traced, node) for node in _layers(traced, (CpuLayer, PackedLayer))])
     traced.graph.eliminate_dead_code()
+    segments = segment(traced)
     traced.graph.lint()
     traced.recompile()
     for name in _ATTRIBUTES:
         if hasattr(model, name):
             setattr(traced, name, getattr(model, name))
-    return traced.eval(), Fusion(relus, sums)
+    return traced.eval(), Fusion(relus, sums, segments)
 
 
 def note_fusion(model: nn.Module, done: Fusion) -> None:

@@ -367,6 +367,12 @@ extern "C" int32_t lbc_run(const LbcWeight *w, const LbcCall *call) {
     return plan.out_of_memory ? -2 : 0;
 }
 
+extern "C" int32_t lbc_run_all(int64_t count, const LbcWeight *weights, const LbcCall *calls) {
+    int32_t failed = 0;
+    for (int64_t i = 0; i < count && !failed; i++) failed = lbc_run(weights + i, calls + i);
+    return failed;
+}
+
 extern "C" double lbc_rate(int32_t number, int32_t kind) {
     const Isa *isa = isa_of(number);
     if (!isa || !isa->supported()) return 0;

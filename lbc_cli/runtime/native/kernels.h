@@ -18,7 +18,7 @@
 extern "C" {
 #endif
 
-#define LBC_INTERFACE 1  // raised whenever a structure or a layout below changes
+#define LBC_INTERFACE 2  // raised whenever a structure or a layout below changes
 
 enum { LBC_AUTO = -1, LBC_PORTABLE = 0, LBC_AVX2 = 1, LBC_AVX512 = 2 };
 
@@ -77,6 +77,9 @@ LBC_EXPORT void lbc_unpack(const LbcWeight *weight, const void *values, const ui
 
 // Runs a layer. Returns 0, or a negative number: -1 no such instruction set here, -2 out of memory.
 LBC_EXPORT int32_t lbc_run(const LbcWeight *weight, const LbcCall *call);
+
+// Runs layers one after the other; ends with the first that fails, and what it returned.
+LBC_EXPORT int32_t lbc_run_all(int64_t count, const LbcWeight *weights, const LbcCall *calls);
 
 // Instructions per second of one thread, for the bounds that results are compared with; kind 0: multiply-adds of
 // one register of the instruction set, kind 1: pairs of permute and multiply-add. 0 where the set has none.

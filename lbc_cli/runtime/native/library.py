@@ -16,7 +16,7 @@ from typing import Any
 from lbc_cli.errors import UsageError, one_line
 from lbc_cli.runtime.native.compile import LIBRARY, NOTE, digest
 
-INTERFACE = 1
+INTERFACE = 2
 AUTO = -1
 ISAS = {"avx512": 2, "avx2": 1, "portable": 0}
 """Instruction sets and their numbers in `kernels.h`, best first."""
@@ -57,6 +57,7 @@ FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "lbc_pack": (c_int64, (POINTER(Weight), c_void_p, c_void_p, c_void_p)),
     "lbc_unpack": (None, (POINTER(Weight), c_void_p, c_void_p, c_void_p)),
     "lbc_run": (c_int32, (POINTER(Weight), POINTER(Call))),
+    "lbc_run_all": (c_int32, (c_int64, POINTER(Weight), POINTER(Call))),
     "lbc_rate": (c_double, (c_int32, c_int32)),
 }
 """Result and arguments of every function of `kernels.h`."""
