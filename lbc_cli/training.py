@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lbc_cli import checkpoint, data, flops, models, runs, weights
+from lbc_cli import checkpoint, data, distill, flops, models, runs, weights
 from lbc_cli.engine import FitResult, FitSettings, NullReporter, Reporter, fit, make_deterministic
 from lbc_cli.environment import describe_environment
 from lbc_cli.errors import CheckpointError, ModelError, OutputError, UsageError, VerificationError
@@ -35,6 +35,7 @@ from lbc_cli.verifier import Report, verify
 
 GENERATED = "generated"
 _SMOKE_EPOCHS = 4
+_REPLACED = ("data.source", "distill.teacher", "distill.model")  # a smoke run has others, and says so
 # Time and memory differ from run to run: they stay out of the checkpoint, so that equal runs give equal bytes.
 _MEASURED = frozenset({"seconds", "images_per_second", "data_wait", "memory"})
 
@@ -157,13 +158,15 @@ def smoke(resolved: ResolvedRecipe) -> ResolvedRecipe:
         "schedule.decay_milestones": [2] if recipe.schedule.name == "multistep" else [],
         "schedule.decay_epochs": 2 if recipe.schedule.name == "step" else recipe.schedule.decay_epochs,
         "augment.mixup_off_epoch": min(2, recipe.augment.mixup_off_epoch),
+        "distill.teacher": distill.GENERATED if recipe.distill.teacher else "",
+        "distill.model": "",
     }
     options = {key: value for key, value in recipe.method.items() if key != "name"}
     short = METHODS[recipe.method["name"]].options.model_validate(options).shortened(_SMOKE_EPOCHS)
     values |= {f"method.{key}": value for key, value in short.items()}
     for key, value in values.items():
         origin = resolved.provenance.get(key, "")
-        if origin.startswith("--") and key != "data.source" and _value(resolved, key) != value:
+        if origin.startswith("--") and key not in _REPLACED and _value(resolved, key) != value:
             raise UsageError(f"--smoke sets {key} = {value!r} itself: drop it from {origin}, or run without --smoke")
     return with_values(resolved, values, "--smoke")
 
@@ -238,7 +241,17 @@ def prepare(resolved: ResolvedRecipe, progress: Callable[[int], None] = lambda c
         **options,
     )
     settings = FitSettings.of(recipe.train, device)
-    job = Job(resolved, device, source, loaders, model, optimizer, scheduler, pruner, make_task(recipe), settings)
+    task = distill.distilled(
+        make_task(recipe),
+        recipe.distill,
+        student=recipe.model,
+        pixels=loaders.pixels,
+        num_classes=source.num_classes,
+        class_names=source.class_names,
+        device=device,
+        channels_last=recipe.train.channels_last,
+    )
+    job = Job(resolved, device, source, loaders, model, optimizer, scheduler, pruner, task, settings)
     _check_runs(job)
     return job
 

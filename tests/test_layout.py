@@ -27,7 +27,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("tasks", "optim", "checkpoint"),
     ("weights", "verifier"),
     ("runtime",),
-    ("engine",),
+    ("engine", "distill"),
     ("training", "exports", "oneshot", "accuracy", "bench"),
     ("report",),
     ("sweeps",),

@@ -42,6 +42,9 @@ def train(
     epochs: Annotated[int | None, typer.Option("--epochs", metavar="N", help="Passes over the data.")] = None,
     pretrained: Annotated[bool | None, typer.Option("--pretrained", help="Start from timm's weights.")] = None,
     init: Annotated[Path | None, typer.Option("--init", metavar="FILE", help="Start from this weight file.")] = None,
+    teacher: Annotated[
+        str | None, typer.Option("--teacher", metavar="NAME|FILE", help="Learn from this dense model as well.")
+    ] = None,
     seed: Annotated[int | None, typer.Option("--seed", metavar="S", help="Of weights, order, augmentation.")] = None,
     device: Device = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Run folder; must be new.")] = None,
@@ -63,6 +66,7 @@ def train(
         "train.epochs": epochs,
         "model.pretrained": pretrained,
         "model.init": init,
+        "distill.teacher": teacher,
         "train.seed": seed,
         "train.device": device,
     }
@@ -102,7 +106,7 @@ def _resolve(
         return resolved
     from lbc_cli.training import smoke as smoked
 
-    console.info("smoke run: a few epochs on generated images, whatever the data")
+    console.info("smoke run: a few epochs on generated images, whatever the data and the teacher")
     return smoked(resolved)
 
 

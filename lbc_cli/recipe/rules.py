@@ -137,6 +137,14 @@ def _jitter(recipe: Recipe) -> Iterator[Finding]:
         )
 
 
+def _teacher(recipe: Recipe) -> Iterator[Finding]:
+    if recipe.distill.teacher:
+        return
+    for key, field in type(recipe.distill).model_fields.items():
+        if getattr(recipe.distill, key) != field.default:
+            yield Finding((("distill", key),), f"there is no teacher to which {key} applies: set distill.teacher")
+
+
 def _plain_values(recipe: Recipe) -> Iterator[Finding]:
     for path, value in leaves(recipe.model_dump()):
         for item in _flat(value):
@@ -165,5 +173,6 @@ _RULES: tuple[Callable[[Recipe], Iterator[Finding]], ...] = (
     _mixing,
     _crop,
     _jitter,
+    _teacher,
     _plain_values,
 )

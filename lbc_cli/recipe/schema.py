@@ -57,6 +57,17 @@ class Sparsity(Table):
     )
 
 
+class Distill(Table):
+    """A dense teacher that the student shall resemble (Hinton et al., 2015); none unless named."""
+
+    teacher: str = Field(default="", description="timm name (its pretrained weights) or a weight file; empty: none")
+    model: str = Field(default="", description="timm name of the teacher, where its file does not say it")
+    alpha: Probability = Field(default=0.5, description="weight of the teacher's part in the loss")
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        default=4.0, description="T that softens both outputs"
+    )
+
+
 class Data(Table):
     """Where the images come from and how they reach the model."""
 
@@ -166,6 +177,7 @@ class Recipe(Table):
     method: dict[str, Any] = Field(
         default_factory=lambda: {"name": "lbc"}, description="name = one of METHODS, and that method's own options"
     )
+    distill: Distill = Field(default_factory=Distill)
     data: Data = Field(default_factory=Data)
     augment: Augment = Field(default_factory=Augment)
     optimizer: Optimizer = Field(default_factory=Optimizer)
