@@ -287,3 +287,46 @@ class PaperAsp:
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+
+class PaperCriteria(PaperLbc):
+    """LBC whose candidates are ranked, one by one, by another criterion of Table 6 than the score.
+
+    Args:
+        criterion: "inverse", "magnitude" or "gradient".
+        *args, **kwargs: of `PaperLbc`.
+    """
+
+    def __init__(self, criterion: str, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.criterion = criterion
+        self.taylor = {name: torch.zeros_like(layer.scores.detach()) for name, layer in self.layers.items()}
+
+    def begin_epoch(self, epoch: int) -> None:
+        for name, layer in self.layers.items():
+            keep = survivors(epoch, *self.when, len(layer.subsets), layer.final, self.rounding)
+            removes = keep < len(layer.alive[0])
+            learned = layer.scores.detach().clone()
+            with torch.no_grad():
+                layer.scores.copy_(self.ranks(name, layer))
+                layer.remove(self.weights[name], keep)
+                layer.scores.copy_(learned)
+            if removes:
+                self.taylor[name].zero_()
+
+    def ranks(self, name: str, layer: PaperLayer) -> Tensor:
+        """What the candidates are ranked by, [G, C]."""
+        if self.criterion == "inverse":
+            return -layer.scores.detach()
+        if self.criterion == "gradient":
+            return self.taylor[name]
+        size = (self.weights[name].detach() * layer.mask).abs().flatten()[layer.groups]
+        return torch.stack([size[:, :, list(subset)].sum(dim=(1, 2)) for subset in layer.subsets], dim=1)
+
+    def step(self, lr: float, clip: float = 0.0) -> None:
+        for name, layer in self.layers.items():
+            weight = self.weights[name]
+            loss = (weight.detach() * layer.mask * weight.grad).abs().flatten()[layer.groups]
+            for j, subset in enumerate(layer.subsets):
+                self.taylor[name][:, j] += loss[:, :, list(subset)].sum(dim=(1, 2))
+        super().step(lr, clip)

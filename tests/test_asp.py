@@ -115,3 +115,21 @@ def test_weights_that_are_not_finite_are_not_pruned() -> None:
         model[1].weight[0, 0, 0, 0] = float("nan")
     with pytest.raises(DivergenceError, match=r"1\.weight is not finite"):
         pruner.begin_epoch(0)
+
+
+def test_nothing_remembers_a_removed_weight() -> None:
+    """Neither the optimizer's momentum nor a gradient that was being accumulated when the weights were pruned."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    pruner = attach(model, optimizer, method="asp", epochs=2, layers=LAYERS, dense_epochs=1)
+    pruner.begin_epoch(0)
+    images, labels = batches(0)[0]
+    for _ in range(2):
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    pruner.begin_epoch(1)
+    for target in pruner.targets:
+        removed = ~pruner.masks()[target.name]
+        for memory in (optimizer.state[target.weight]["momentum_buffer"], target.weight.grad):
+            assert (memory[removed] == 0).all()
+            assert (memory[~removed] != 0).any()

@@ -29,6 +29,7 @@ Deviations
       the score memory. Adam on S would not be linear, and is not what the paper analyses.
     * `score_memory` T, in updates at peak learning rate, replaces the weights' decay for the scores; the paper's
       settings amount to (1 - momentum) / (lr * decay) = 2,000.
+    * `criterion` replaces the score by what Table 6 compares it with; `criteria` defines them.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from lbc_cli import patterns
 from lbc_cli.errors import DivergenceError, MethodError
 from lbc_cli.methods import optimizers
 from lbc_cli.methods.base import MethodOptions, Pruner, State, check_options
+from lbc_cli.methods.criteria import LEARNED, Criterion, add_taylor_, values
 from lbc_cli.methods.removal import expected_density, mask_of_candidates, remove_candidates, remove_weights
 from lbc_cli.methods.scores import plain_step_, sgd_step_
 from lbc_cli.methods.tensors import copy_like, held_bytes
@@ -73,6 +75,9 @@ class LbcOptions(MethodOptions):
     score_memory: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="updates that a score remembers; left out: the optimizer's decay (SGD) or 2000"
     )
+    criterion: Criterion = Field(
+        default="score", description="what candidates are ranked by: the learned score (the paper), or Table 6's others"
+    )
 
     def shortened(self, epochs: int) -> dict[str, Any]:
         """Removal from the first epoch to the middle."""
@@ -85,7 +90,8 @@ class LbcState:
 
     Attributes:
         count: candidates (or positions) alive in each group.
-        score: a, shape of the weight, float32 or wider; None once every group is decided.
+        score: a, or what the criterion holds in its place, shape of the weight, float32 or wider; None once every
+            group is decided, and for the magnitude.
         momentum: the score's momentum, shape of the weight; None until the optimizer has one.
         alive: bits of `patterns.pack_bits`, uint8 [G, ceil(C/8)]; None while all are alive and once one is left.
         removed: bool, shape of the weight; None until something is removed.
@@ -115,12 +121,16 @@ class Lbc(Pruner):
     ) -> None:
         self.options = options
         self.ramp = Ramp.over(epochs, options.t_i, options.t_f, options.rounding)
+        _check_memory(options)
         if options.removal == "candidates":
             for target in selection.targets:
                 _check_candidates(target)
         super().__init__(optimizer, selection, epochs)
         self._peaks = [optimizers.peak_lr(group) for group in optimizer.param_groups]
-        self._state = {t.name: LbcState(self._total(t.pattern), _new_score(t.weight)) for t in self.targets}
+        self._state = {
+            t.name: LbcState(self._total(t.pattern), _new_score(t.weight) if self._holds else None)
+            for t in self.targets
+        }
 
     def removed(self, target: Target) -> Tensor | None:
         """Where the weight of `target` is removed for good."""
@@ -144,13 +154,14 @@ class Lbc(Pruner):
 
     def planned_memory(self) -> dict[str, int]:
         """Peak bytes: scores, their momentum, candidate bits, and the mask at a byte per weight."""
-        momentum = {t.name for t in self.targets if self._group(t).get("momentum", 0) and self._linear}
+        learns = self._linear and self.options.criterion in LEARNED
+        momentum = {t.name for t in self.targets if self._group(t).get("momentum", 0) and learns}
         sizes = {t.name: t.weight.numel() * _score_dtype(t.weight).itemsize for t in self.targets}
         bits = sum(
             patterns.num_groups(t.weight.shape, t.pattern) * -(-t.pattern.num_candidates // 8) for t in self.targets
         )
         return {
-            "score": sum(sizes.values()),
+            "score": sum(sizes.values()) if self._holds else 0,
             "momentum": sum(sizes[name] for name in momentum),
             "candidates": bits if self.options.removal == "candidates" else 0,
             "mask": sum(t.weight.numel() for t in self.targets),
@@ -192,6 +203,9 @@ class Lbc(Pruner):
         scores = [state.score for state in states if state.score is not None]
         weights = [weight.to(score.dtype) for (_, weight, _), score in zip(batch, scores, strict=True)]
         grads = [grad.to(score.dtype) for (_, _, grad), score in zip(batch, scores, strict=True)]
+        if self.options.criterion not in LEARNED:
+            add_taylor_(scores, weights, grads)
+            return
         if group.get("maximize"):
             grads = [-grad for grad in grads]
         if not self._linear:
@@ -221,22 +235,24 @@ class Lbc(Pruner):
     def _remove(self, target: Target, keep: int) -> None:
         """Remove down to `keep` survivors a group, and clear every memory of what is gone."""
         state, weight, pattern = self._state[target.name], target.weight.detach(), target.pattern
-        assert state.score is not None
-        if not bool(state.score.isfinite().all()):
+        score = values(self.options.criterion, weight, state.score)
+        if not bool(score.isfinite().all()):
             raise DivergenceError(
                 f"scores of {target.name} are not finite: training diverged before this epoch; lower the learning rate "
                 f"or clip the gradients"
             )
         if self.options.removal == "candidates":
-            state.alive = remove_candidates(weight, state.score, state.alive, keep, pattern)
+            state.alive = remove_candidates(weight, score, state.alive, keep, pattern)
             kept = mask_of_candidates(state.alive, weight.shape, pattern)
         else:
-            kept = remove_weights(weight, state.score, state.removed, keep, pattern)
+            kept = remove_weights(weight, score, state.removed, keep, pattern)
         # The weight's own memory format, or every masked_fill_ on a channels-last model would be strided.
         state.removed = torch.empty_like(weight, dtype=torch.bool).copy_(~kept)
         state.count = keep
         if keep == self._final(pattern):
             state.score = state.momentum = state.alive = None
+        elif state.score is not None and self.options.criterion not in LEARNED:
+            state.score.zero_()
         self._restore(target)
         optimizers.clear_state(self._optimizer, target.weight, state.removed)
         if target.weight.grad is not None:
@@ -256,6 +272,11 @@ class Lbc(Pruner):
             self._state[target.name] = LbcState(count=fields["count"], **tensors)
 
     # The numbers of a pattern under the options.
+
+    @property
+    def _holds(self) -> bool:
+        """Whether the criterion needs a value per weight between removals."""
+        return self.options.criterion != "magnitude"
 
     @property
     def _linear(self) -> bool:
@@ -278,6 +299,14 @@ class Lbc(Pruner):
         if self.options.removal == "weights":
             return left / pattern.m
         return expected_density(pattern.with_vector(1), left)
+
+
+def _check_memory(options: LbcOptions) -> None:
+    if options.score_memory is not None and options.criterion not in LEARNED:
+        raise MethodError(
+            f'score_memory = {options.score_memory:g} beside criterion = "{options.criterion}", which learns no score: '
+            f'leave it out, or set criterion = "score"'
+        )
 
 
 def _check_candidates(target: Target) -> None:
