@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -204,39 +204,48 @@ def sparse_totals(cost: Cost, densities: Mapping[str, float]) -> Totals:
     return Totals(macs, params)
 
 
-def training_share(densities: Iterable[float], *, sparse_passes: int) -> float:
-    """Training cost of the sparse layers as a share of dense training, averaged over the epochs.
+def step_share(density: float, sparse_passes: int) -> float:
+    """What a training step costs with a weight of some density, as a share of a step with the dense weight.
 
-    A step multiplies by each weight three times: forward, gradient of the input, gradient of the weight. A pass that
-    can use the sparse weight costs its density d, the others cost 1, so that k sparse passes cost (k d + 3 - k) / 3:
+    A dense step is three units: with every weight it makes the output, the gradient of the input and the gradient of
+    the weight. A pass that is counted sparse costs the density d, the others 1, so that k sparse passes make
+    (k d + 3 - k) / 3. What is counted is a convention, not a property of hardware, and the literature has several:
 
-        k = 1   (d + 2) / 3     dense weights behind the sparse ones (SR-STE); the paper's figures for it, to 0.01
-        k = 2   (2 d + 1) / 3   a dense weight gradient (LBC while it scores removed and kept weights alike)
-        k = 3   d               everything sparse
+        k = 0   1               all dense: training with all weights (dense; ASP before it prunes; MaskLLM)
+        k = 1   (d + 2) / 3     SR-STE as LBC's Tables 1 and 5 count it: only the output. Its gradient of the input
+                                meets the sparse weight as well, so that k = 2 would be as good
+        k = 2   (2 d + 1) / 3   LBC and DNW: output and gradient of the input. DNW needs the gradient of every weight;
+                                LBC only of those still alive, but a product that gives a sparse result saves nothing
+                                on hardware that is made for sparse operands. No convention gives the paper's figures
+                                for LBC; this one comes closest
+        k = 3   d               ASP after it has pruned, GMP, STR: removed weights need no gradient. The paper's 1.24
+                                for ASP is this, or near it: 100 dense epochs and 100 sparse ones at 2:4, of 120: 1.25
 
-    The paper's own figures for LBC (Tables 1 and 5) follow from none of these.
+    RigL needs the gradient of every weight once in dT + 1 steps: (3 d dT + 2 d + 1) / (3 (dT + 1)), as its authors
+    count it.
 
     Args:
-        densities: kept share of the weights at each epoch.
+        density: kept share of the weight, in [0, 1].
         sparse_passes: k, from 0 to 3.
 
     Raises:
-        ValueError: without an epoch, or for another number of passes.
+        ValueError: for another number of passes.
     """
-    per_epoch = list(densities)
-    if not per_epoch or not 0 <= sparse_passes <= 3:
-        raise ValueError(f"{len(per_epoch)} epochs and {sparse_passes} sparse passes of 3: at least 1 and 0 to 3")
-    mean = sum(per_epoch) / len(per_epoch)
-    return (sparse_passes * mean + 3 - sparse_passes) / 3
+    if not 0 <= sparse_passes <= 3:
+        raise ValueError(f"{sparse_passes} sparse passes of 3: there are 0 to 3")
+    return (sparse_passes * density + 3 - sparse_passes) / 3
 
 
-def whole_model_share(cost: Cost, targets: Iterable[str], share: float) -> float:
-    """The share of the whole model's cost when its target layers cost `share` of dense and all else stays dense.
+def model_share(cost: Cost, shares: Mapping[str, float]) -> float:
+    """What a step, or a forward pass, of the whole model costs as a share of the dense model's.
 
     Args:
         cost: from `count`.
-        targets: names of the sparse weights.
-        share: of the targets, such as `training_share` gives.
+        shares: name of a weight -> share of its dense cost; every other product counts in full.
+
+    Raises:
+        KeyError: if a name is not a weight of the model that was counted.
     """
-    total, sparse = cost.total_macs, sum(cost.macs[name] for name in targets)
-    return (total - sparse + sparse * share) / total if total else 1.0
+    total = cost.total_macs
+    saved = sum(cost.macs[name] * (1 - share) for name, share in shares.items())
+    return (total - saved) / total if total else 1.0

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lbc_cli import checkpoint, data, distill, flops, models, runs, weights
+from lbc_cli import accounting, checkpoint, data, distill, flops, models, runs, weights
 from lbc_cli.engine import FitResult, FitSettings, NullReporter, Reporter, fit, make_deterministic
 from lbc_cli.environment import describe_environment
 from lbc_cli.errors import CheckpointError, ModelError, OutputError, UsageError, VerificationError
@@ -97,6 +97,20 @@ class Job:
         pixels = self.loaders.pixels
         return flops.count(self.model, (pixels.channels, pixels.height, pixels.width))
 
+    @property
+    def teacher_macs(self) -> int:
+        """Multiply-adds of a teacher's forward pass on one image; 0 without one."""
+        return self.task.teacher.macs if isinstance(self.task, distill.Distilled) else 0
+
+    def planned_account(self) -> accounting.Account:
+        """What the run will cost on paper."""
+        return accounting.planned(self.count(), self.pruner, teacher_macs=self.teacher_macs)
+
+    @property
+    def images(self) -> int:
+        """Training images of the whole run, each as often as it is seen."""
+        return len(self.loaders.train) * self.resolved.recipe.data.batch_size * self.settings.epochs
+
     def learning_rates(self) -> list[float]:
         """The largest learning rate of any parameter group at the first update of every epoch."""
         rates = []
@@ -122,6 +136,7 @@ class Outcome:
         ema_report: likewise for the averaged weights, if there are any.
         dense_bytes: what the tensors take when stored dense.
         file_bytes: size of the checkpoint.
+        account: what the run has cost on paper.
         memory: bytes the method held at its peak, by kind.
         seconds: of training and evaluation, in this process.
     """
@@ -131,6 +146,7 @@ class Outcome:
     ema_report: Report | None
     dense_bytes: int
     file_bytes: int
+    account: accounting.Account
     memory: Mapping[str, int]
     seconds: float
 
@@ -307,11 +323,21 @@ def resume(folder: RunFolder, progress: Callable[[int], None] = lambda count: No
 
 
 class _Recorder:
-    """A reporter that writes what it hears to the metrics files and passes it on."""
+    """A reporter that writes what it hears to the metrics files and passes it on.
 
-    def __init__(self, log: MetricsLog, inner: Reporter, pruner: Pruner) -> None:
-        self._log, self._inner, self._pruner = log, inner, pruner
+    An epoch's record gets the share of a dense step that its steps cost on paper, by the masks at its end.
+    """
+
+    def __init__(self, log: MetricsLog, inner: Reporter, job: Job) -> None:
+        self._log, self._inner, self._pruner, self._cost = log, inner, job.pruner, job.count()
+        self._teacher_macs = job.teacher_macs
         self.memory: dict[str, int] = {}
+
+    def account(self) -> accounting.Account:
+        """What the run has cost so far."""
+        shares = [record["step_share"] for record in self._log.epochs if record.get("step_share") is not None]
+        whole = shares if len(shares) == len(self._log.epochs) else []  # begun by a version that did not note them
+        return accounting.carried_out(self._cost, self._pruner.densities(), whole, teacher_macs=self._teacher_macs)
 
     def start(self, info: Mapping[str, Any]) -> None:
         self._inner.start(info)
@@ -326,7 +352,8 @@ class _Recorder:
         self._inner.step(record)
 
     def epoch_ended(self, record: Mapping[str, Any]) -> None:
-        self._log.append("epoch", **record)
+        share = accounting.step_share(self._cost, self._pruner, self._pruner.densities())
+        self._log.append("epoch", **record, step_share=share)
         self._inner.epoch_ended(record)
 
     def message(self, text: str, level: str = "info") -> None:
@@ -363,7 +390,7 @@ def run(
         folder.write_recipe(job.resolved.text)
         folder.write_environment(describe_environment())
     log = folder.metrics(None if state is None else int(state["epoch"]))
-    recorder = _Recorder(log, reporter or NullReporter(), job.pruner)
+    recorder = _Recorder(log, reporter or NullReporter(), job)
     start = time.perf_counter()
     result = fit(
         job.model,
@@ -381,7 +408,8 @@ def run(
     seconds = time.perf_counter() - start
     report, ema_report = _save(job, folder, result)
     dense = sum(t.numel() * t.element_size() for t in job.model.state_dict().values())
-    outcome = Outcome(result, report, ema_report, dense, folder.model.stat().st_size, recorder.memory, seconds)
+    size = folder.model.stat().st_size
+    outcome = Outcome(result, report, ema_report, dense, size, recorder.account(), recorder.memory, seconds)
     folder.write_summary(summary(job, outcome))
     return outcome
 
@@ -435,6 +463,7 @@ def summary(job: Job, outcome: Outcome) -> dict[str, Any]:
         "density": job.pruner.density(),
         "layers": job.pruner.densities(),
         "dense_layers": {s.name: s.reason for s in job.pruner.skipped},
+        "counted": outcome.account.record(),
         "method_bytes": dict(outcome.memory),
         "dense_bytes": outcome.dense_bytes,
         "file_bytes": outcome.file_bytes,

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from lbc_cli.errors import ModelError
-from lbc_cli.flops import Cost, count, dense_totals, sparse_totals, training_share, whole_model_share
+from lbc_cli.flops import Cost, count, dense_totals, model_share, sparse_totals, step_share
 from lbc_cli.patterns import Pattern
 from lbc_cli.schedules import Ramp, Rounding
 from lbc_cli.targets import find_targets
@@ -173,24 +173,22 @@ def test_an_input_that_the_model_does_not_take_is_one_line() -> None:
 
 
 @pytest.mark.parametrize(("density", "paper"), [(2 / 4, 0.83), (1 / 4, 0.75), (2 / 8, 0.75), (1 / 16, 0.69)])
-def test_training_share_of_srste_is_the_papers(density: float, paper: float) -> None:
-    share = training_share([density] * 120, sparse_passes=1)
-    assert share == pytest.approx((density + 2) / 3)
-    assert round(share, 2) == paper  # Table 1, which has 0.74 at 1:4 and 2:8
+def test_a_step_of_srste_costs_what_the_paper_says(density: float, paper: float) -> None:
+    assert step_share(density, 1) == pytest.approx((density + 2) / 3)
+    assert round(step_share(density, 1), 2) == paper  # Table 1, which has 0.74 at 1:4 and 2:8
 
 
 @pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
-def test_training_share_by_passes(density: float) -> None:
-    assert training_share([density], sparse_passes=3) == pytest.approx(density)
-    assert training_share([density], sparse_passes=2) == pytest.approx((2 * density + 1) / 3)
-    assert training_share([density], sparse_passes=0) == 1.0
-    assert training_share([1.0, density], sparse_passes=3) == pytest.approx((1 + density) / 2)
+def test_a_step_by_passes(density: float) -> None:
+    assert step_share(density, 3) == pytest.approx(density)
+    assert step_share(density, 2) == pytest.approx((2 * density + 1) / 3)
+    assert step_share(density, 0) == 1.0
 
 
-@pytest.mark.parametrize(("densities", "passes"), [([], 2), ([0.5], 4), ([0.5], -1)])
-def test_training_share_refuses(densities: list[float], passes: int) -> None:
-    with pytest.raises(ValueError, match="at least 1 and 0 to 3"):
-        training_share(densities, sparse_passes=passes)
+@pytest.mark.parametrize("passes", [4, -1])
+def test_a_step_has_three_passes(passes: int) -> None:
+    with pytest.raises(ValueError, match="there are 0 to 3"):
+        step_share(0.5, passes)
 
 
 def density_by_survivors(n: int, m: int, samples: int = 600) -> list[float]:
@@ -220,17 +218,19 @@ def density_by_survivors(n: int, m: int, samples: int = 600) -> list[float]:
         ("1:16", "removals", 0.17, 0.45),
     ],
 )
-def test_training_share_of_lbc_over_a_run(pattern: str, rounding: Rounding, mean: float, training: float) -> None:
+def test_the_steps_of_lbc_over_a_run(pattern: str, rounding: Rounding, mean: float, training: float) -> None:
     parsed = Pattern.parse(pattern)
     share = density_by_survivors(parsed.n, parsed.m)
     ramp = Ramp.over(120, rounding=rounding)
     densities = [share[ramp.survivors(epoch, parsed.num_candidates)] for epoch in range(120)]
     assert sum(densities) / 120 == pytest.approx(mean, abs=0.006)
-    assert training_share(densities, sparse_passes=2) == pytest.approx(training, abs=0.006)
+    assert sum(step_share(density, 2) for density in densities) / 120 == pytest.approx(training, abs=0.006)
 
 
-def test_whole_model_share_counts_dense_layers_in_full() -> None:
+def test_a_share_of_the_whole_model_counts_the_rest_in_full() -> None:
     cost = Cost({"stem": 100, "a": 700, "b": 100}, 100, {"stem": 1, "a": 1, "b": 1})
-    assert whole_model_share(cost, ["a", "b"], 0.5) == pytest.approx((100 + 100 + 400) / 1000)
-    assert whole_model_share(cost, [], 0.5) == 1.0
-    assert whole_model_share(Cost({}, 0, {}), [], 0.5) == 1.0
+    assert model_share(cost, {"a": 0.5, "b": 0.25}) == pytest.approx((100 + 100 + 350 + 25) / 1000)
+    assert model_share(cost, {}) == 1.0
+    assert model_share(Cost({}, 0, {}), {}) == 1.0
+    with pytest.raises(KeyError, match="c"):
+        model_share(cost, {"c": 0.5})

@@ -27,7 +27,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("tasks", "optim", "checkpoint"),
     ("weights", "verifier"),
     ("runtime",),
-    ("engine", "distill"),
+    ("engine", "distill", "accounting"),
     ("training", "exports", "oneshot", "accuracy", "bench"),
     ("report",),
     ("sweeps",),

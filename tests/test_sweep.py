@@ -155,7 +155,12 @@ def test_means_and_deviations_are_those_of_the_textbook(write: Write) -> None:
     sweep = read_sweep(write('patterns = ["2:4", "1:4"]\nseeds = [0, 1, 2]'))
     values = {("2:4", 0): 90.0, ("2:4", 1): 93.0, ("2:4", 2): 96.0, ("1:4", 0): 50.0}
     summaries = {
-        run.name: {"last": {"top1": top1, "val_loss": 1 / top1}, "density": 0.5, "seconds": 60.0}
+        run.name: {
+            "last": {"top1": top1, "val_loss": 1 / top1},
+            "density": 0.5,
+            "seconds": 60.0,
+            "counted": {"training_share": 0.8},
+        }
         for run in sweep.runs
         if (top1 := values.get((run.labels["pattern"], run.seed))) is not None
     }
@@ -170,7 +175,7 @@ def test_means_and_deviations_are_those_of_the_textbook(write: Write) -> None:
     assert [row["pattern"] for row in rows] == ["2:4", "1:4"]
     assert (float(rows[0]["top1_std"]), rows[1]["top1_std"], rows[1]["missing"]) == (3.0, "", "2")
     assert (
-        "| 2:4 | 93.00 ± 3.00 | 0.0108 ± 0.0003 | 90.00, 93.00, 96.00 | 3 | 0.5000 | 1 min 00 s |"
+        "| 2:4 | 93.00 ± 3.00 | 0.0108 ± 0.0003 | 90.00, 93.00, 96.00 | 3 | 0.5000 | 80.0 % | 1 min 00 s |"
         in files["summary.md"].splitlines()
     )
     assert json.loads(files["summary.json"])["runs"]["1_4-seed1"]["error"] == "no luck"

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lbc_cli import flops
 from lbc_cli.errors import MethodError
 from lbc_cli.methods import optimizers
 from lbc_cli.targets import Selection, Skipped, Target, clean_name
@@ -60,6 +61,9 @@ class Pruner(abc.ABC):
     """
 
     method: ClassVar[str]
+    sparse_passes: ClassVar[int] = 3
+    """Of the three products of a training step with a weight, how many are counted at the weight's density, the others
+    as dense; `flops.step_share` has the arithmetic and the conventions."""
 
     def __init__(self, optimizer: Optimizer, selection: Selection, epochs: int) -> None:
         optimizers.check_optimizer(optimizer)
@@ -132,6 +136,14 @@ class Pruner(abc.ABC):
     def planned_densities(self) -> dict[str, float | None]:
         """Name -> share of the weight that is kept in the end; None where only training will tell."""
         return {t.name: t.pattern.density for t in self.targets}
+
+    def planned_layers(self, epoch: int) -> dict[str, float | None]:
+        """Name -> expected share of the weight that is kept at `epoch`; None where only training will tell."""
+        return dict.fromkeys((t.name for t in self.targets), self.planned_density(epoch))
+
+    def step_shares(self, densities: Mapping[str, float]) -> dict[str, float]:
+        """What a training step costs, as a share of a dense step: name of a weight, and its density -> the share."""
+        return {name: flops.step_share(density, self.sparse_passes) for name, density in densities.items()}
 
     # The life of a pruner.
 

@@ -115,6 +115,7 @@ class Lbc(Pruner):
     """
 
     method: ClassVar[str] = "lbc"
+    sparse_passes: ClassVar[int] = 2
 
     def __init__(
         self, model: nn.Module, optimizer: Optimizer, selection: Selection, epochs: int, options: LbcOptions
@@ -151,6 +152,10 @@ class Lbc(Pruner):
         total = sum(t.weight.numel() for t in self.targets)
         kept = sum(t.weight.numel() * self._expected(t.pattern, epoch) for t in self.targets)
         return kept / total if total else 1.0
+
+    def planned_layers(self, epoch: int) -> dict[str, float | None]:
+        """Name -> expected share of the weight that is kept at `epoch`, as for `planned_density`."""
+        return {t.name: self._expected(t.pattern, epoch) for t in self.targets}
 
     def planned_memory(self) -> dict[str, int]:
         """Peak bytes: scores, their momentum, candidate bits, and the mask at a byte per weight."""

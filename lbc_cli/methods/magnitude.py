@@ -89,6 +89,10 @@ class Asp(Pruner):
             return 1.0
         return sum(t.weight.numel() * t.pattern.density for t in self.targets) / total
 
+    def planned_layers(self, epoch: int) -> dict[str, float | None]:
+        """Name -> share of the weight that is kept at `epoch`, exact."""
+        return {t.name: 1.0 if epoch < self.options.dense_epochs else t.pattern.density for t in self.targets}
+
     def planned_memory(self) -> dict[str, int]:
         """The mask, at a byte per weight."""
         return {"mask": sum(t.weight.numel() for t in self.targets)}

@@ -84,6 +84,7 @@ class SrSte(ShadowPruner):
     """
 
     method: ClassVar[str] = "sr-ste"
+    sparse_passes: ClassVar[int] = 1
 
     def __init__(
         self, model: nn.Module, optimizer: Optimizer, selection: Selection, epochs: int, options: SrSteOptions
@@ -107,6 +108,10 @@ class SrSte(ShadowPruner):
         total = sum(t.weight.numel() for t in self.targets)
         kept = sum(t.weight.numel() * self._planned(t.pattern, epoch) / t.pattern.m for t in self.targets)
         return kept / total if total else 1.0
+
+    def planned_layers(self, epoch: int) -> dict[str, float | None]:
+        """Name -> share of the weight that is kept at `epoch`, exact."""
+        return {t.name: self._planned(t.pattern, epoch) / t.pattern.m for t in self.targets}
 
     def _planned(self, pattern: Pattern, epoch: int) -> int:
         return self.ramp.survivors(epoch, pattern.m, pattern.n)

@@ -12,8 +12,8 @@ from lbc_cli.report.formats import format_accuracy, format_bytes, format_seconds
 from lbc_cli.runs import RunFolder
 
 if TYPE_CHECKING:
+    from lbc_cli.accounting import Account
     from lbc_cli.bench import StepTimes, TrainBench
-    from lbc_cli.flops import Cost
     from lbc_cli.training import Job, Outcome
     from lbc_cli.verifier import Report, Violation
 
@@ -47,7 +47,7 @@ def plan_view(job: Job, folder: str) -> views.PlanView:
         skipped=_skipped(job),
         schedule=schedule,
         memory=pruner.planned_memory(),
-        cost=_cost(job, final),
+        cost=_cost(job.planned_account(), job.images),
     )
 
 
@@ -65,7 +65,7 @@ def summary_view(job: Job, outcome: Outcome, folder: RunFolder) -> views.Summary
         layers=_layers(job, densities),
         skipped=_skipped(job),
         memory=outcome.memory,
-        cost=_cost(job, densities),
+        cost=_cost(outcome.account, job.images),
         dense_bytes=outcome.dense_bytes,
         file_bytes=outcome.file_bytes,
         times={"training and evaluation": outcome.seconds},
@@ -222,35 +222,14 @@ def _skipped(job: Job) -> list[views.SkippedView]:
     return [views.SkippedView(name=s.name, shape=tuple(s.shape), reason=s.reason) for s in job.pruner.skipped]
 
 
-def _cost(job: Job, densities: Mapping[str, float | None]) -> views.CostView:
+def _cost(account: Account, images: int) -> views.CostView:
     """What is counted; what depends on a density that only training will tell is left open."""
-    from lbc_cli import flops
-
-    cost = job.count()
-    dense = flops.dense_totals(cost)
-    known = {name: density for name, density in densities.items() if density is not None}
-    sparse = flops.sparse_totals(cost, known) if len(known) == len(densities) else None
     return views.CostView(
-        parameters_dense=dense.params,
-        parameters_sparse=_planned_parameters(job, dense.params) if sparse is None else sparse.params,
-        macs_dense=dense.macs,
-        macs_sparse=None if sparse is None else sparse.macs,
-        training_share=_training_share(job, cost, densities),
+        parameters_dense=account.dense.params,
+        parameters_sparse=account.parameters,
+        macs_dense=account.dense.macs,
+        macs_sparse=None if account.sparse is None else account.sparse.macs,
+        training_share=account.training_share,
+        training_macs=account.training_macs(images),
+        teacher_share=account.teacher_share,
     )
-
-
-def _planned_parameters(job: Job, dense: int) -> int | None:
-    """Parameters at the end where only their sum is known before training."""
-    density = job.pruner.planned_density(job.settings.epochs - 1)
-    weights = sum(target.weight.numel() for target in job.pruner.targets)
-    return None if density is None else dense - round(weights * (1 - density))
-
-
-def _training_share(job: Job, cost: Cost, densities: Mapping[str, float | None]) -> float | None:
-    from lbc_cli import flops
-
-    planned = [job.pruner.planned_density(epoch) for epoch in range(job.settings.epochs)]
-    if not densities or None in planned or not job.structured:
-        return None
-    share = flops.training_share([density for density in planned if density is not None], sparse_passes=2)
-    return flops.whole_model_share(cost, densities, share)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 MISSING = "-"
 _BINARY = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
-_DECIMAL = ("", "k", "M", "G", "T", "P")
+_DECIMAL = ("", "k", "M", "G", "T", "P", "E")
 
 
 def _three(value: float) -> str:

@@ -6,7 +6,15 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from lbc_cli.report.console import Console
-from lbc_cli.report.formats import MISSING, format_accuracy, format_density, format_number, format_seconds, plural
+from lbc_cli.report.formats import (
+    MISSING,
+    format_accuracy,
+    format_density,
+    format_number,
+    format_percent,
+    format_seconds,
+    plural,
+)
 from lbc_cli.report.tables import Align, Parts, result_label, table
 
 if TYPE_CHECKING:
@@ -28,14 +36,17 @@ def format_sweep(summary: SweepSummary) -> Parts:
     columns: dict[str, Align] = dict.fromkeys(summary.headings, "left")
     for name in shown:
         columns |= {result_label(name): "right", f"± {result_label(name)}": "right"}
-    columns |= dict.fromkeys(("n", "density", "time of a run"), "right")
+    columns |= dict.fromkeys(("n", "density", "training MACs", "time of a run"), "right")
     rows = []
     for cell in summary.cells:
         numbers = [text for name in shown for text in _texts(name, cell.metric(name))]
-        counted = [str(cell.n), format_density(cell.density.mean), format_seconds(cell.seconds.mean)]
+        counted = [str(cell.n), format_density(cell.density.mean), format_percent(cell.training.mean)]
+        counted.append(format_seconds(cell.seconds.mean))
         rows.append([*cell.labels.values(), *numbers, *counted])
     missing = sum(cell.missing for cell in summary.cells)
-    remark = "±: standard deviation over seeds, n - 1; time as measured, one thread a run"
+    remark = (
+        "±: standard deviation over seeds, n - 1; MACs on paper, of dense training; time as measured, one thread a run"
+    )
     left = f"; {plural(missing, 'run')} not done" if missing else ""
     return (table(f"Sweep {summary.name}", columns, rows, caption=remark + left),)
 

@@ -160,10 +160,12 @@ def format_cost(cost: CostView, dense_bytes: int | None = None, file_bytes: int 
     ]
     if dense_bytes is not None or file_bytes is not None:
         rows.append(_versus("checkpoint", dense_bytes, file_bytes, "bytes"))
-    if cost.training_share is not None:
-        rows.append(
-            ["training FLOPs", "100.0 %", format_percent(cost.training_share), format_percent(cost.training_share)]
-        )
+    if cost.training_macs is not None:
+        share = cost.training_share
+        trained = None if share is None else cost.training_macs * share
+        rows.append(["training MACs", format_count(cost.training_macs), format_count(trained), format_percent(share)])
+    if cost.teacher_share:
+        rows.append(["of them the teacher's", MISSING, MISSING, format_percent(cost.teacher_share)])
     columns: Columns = {"on paper": "left", "dense": "right", "sparse": "right", "share": "right"}
     return table("Savings as counted (not measured time)", columns, rows)
 

@@ -57,7 +57,11 @@ class CostView:
     macs_dense: int | None = None
     macs_sparse: int | None = None
     training_share: float | None = None
-    """FLOPs of the whole training over those of dense training."""
+    """Multiply-adds of the whole training, a teacher's included, over those of dense training."""
+    training_macs: int | None = None
+    """Multiply-adds of dense training on as many images."""
+    teacher_share: float = 0.0
+    """The teacher's part of `training_share`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

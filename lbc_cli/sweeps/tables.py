@@ -13,7 +13,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lbc_cli.report.formats import MISSING, format_accuracy, format_density, format_number, format_seconds
+from lbc_cli.report.formats import (
+    MISSING,
+    format_accuracy,
+    format_density,
+    format_number,
+    format_percent,
+    format_seconds,
+)
 from lbc_cli.runs import to_json
 from lbc_cli.sweeps.grid import Run, Sweep
 
@@ -51,6 +58,7 @@ class Cell:
         missing: runs that are not done.
         metrics: name in an epoch's record -> its values, in percent or as losses.
         density: kept share of the sparse layers, at the end.
+        training: multiply-adds of training on paper, as a share of dense training.
         seconds: of training and evaluation, as measured.
     """
 
@@ -59,6 +67,7 @@ class Cell:
     missing: int
     metrics: Mapping[str, Statistic]
     density: Statistic
+    training: Statistic
     seconds: Statistic
 
     @property
@@ -139,8 +148,14 @@ def _cell(runs: Sequence[Run], summaries: Mapping[str, Mapping[str, Any] | None]
         missing=len(runs) - len(done),
         metrics={name: Statistic.of(values) for name, values in found.items() if values},
         density=Statistic.of([summary["density"] for _, summary in done]),
+        training=Statistic.of([share for _, s in done if (share := _training_share(s)) is not None]),
         seconds=Statistic.of([summary["seconds"] for _, summary in done]),
     )
+
+
+def _training_share(summary: Mapping[str, Any]) -> float | None:
+    share: float | None = summary.get("counted", {}).get("training_share")
+    return share
 
 
 def _record(run: Run, summary: Mapping[str, Any] | None, failure: str | None) -> dict[str, Any]:
@@ -149,7 +164,8 @@ def _record(run: Run, summary: Mapping[str, Any] | None, failure: str | None) ->
         record["error"] = failure
     if summary is not None:
         record |= {name: summary["last"][name] for name in METRICS if name in summary["last"]}
-        record |= {"density": summary["density"], "seconds": summary["seconds"]}
+        record |= {"density": summary["density"], "training_share": _training_share(summary)}
+        record |= {"seconds": summary["seconds"]}
     return record
 
 
@@ -157,11 +173,11 @@ def to_csv(summary: SweepSummary) -> str:
     """One line per cell, floats in full precision, nothing where there is no value."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    quantities = [*summary.metrics, "density"]
+    quantities = [*summary.metrics, "density", "training_share"]
     columns = [f"{name}_{kind}" for name in quantities for kind in ("mean", "std")]
     writer.writerow([*summary.headings, "n", "missing", *columns, "seconds_mean", "seconds_std"])
     for cell in summary.cells:
-        found = [*(cell.metric(name) for name in summary.metrics), cell.density, cell.seconds]
+        found = [*(cell.metric(name) for name in summary.metrics), cell.density, cell.training, cell.seconds]
         numbers = [number for one in found for number in (one.mean, one.deviation)]
         writer.writerow([*cell.labels.values(), cell.n, cell.missing, *numbers])
     return text.getvalue()
@@ -172,12 +188,13 @@ def to_markdown(summary: SweepSummary) -> str:
     shown = [name for name in summary.metrics if name in ("top1", "val_loss", "ema_top1")]
     heads = [f"{metric_label(name)}, mean ± standard deviation" for name in shown]
     first = [f"{metric_label(shown[0])}, each seed"] if shown else []
-    columns = [*summary.headings, *heads, *first, "n", "density", "time of a run"]
+    columns = [*summary.headings, *heads, *first, "n", "density", "training MACs of dense", "time of a run"]
     rows = []
     for cell in summary.cells:
         each = [", ".join(metric_text(shown[0], v) for v in cell.metric(shown[0]).values) or MISSING] if shown else []
         numbers = [spread_text(name, cell.metric(name)) for name in shown]
-        counted = [str(cell.n), format_density(cell.density.mean), format_seconds(cell.seconds.mean)]
+        counted = [str(cell.n), format_density(cell.density.mean), format_percent(cell.training.mean)]
+        counted.append(format_seconds(cell.seconds.mean))
         rows.append([*cell.labels.values(), *numbers, *each, *counted])
     lines = [_row(columns), _row(["---"] * len(columns)), *map(_row, rows)]
     return "\n".join(lines) + "\n"
