@@ -221,8 +221,8 @@ def step_share(density: float, sparse_passes: int) -> float:
         k = 3   d               ASP after it has pruned, GMP, STR: removed weights need no gradient. The paper's 1.24
                                 for ASP is this, or near it: 100 dense epochs and 100 sparse ones at 2:4, of 120: 1.25
 
-    RigL needs the gradient of every weight once in dT + 1 steps: (3 d dT + 2 d + 1) / (3 (dT + 1)), as its authors
-    count it.
+    RigL needs the gradient of every weight in one of dT updates, with k = 2, and has k = 3 in the others; its authors,
+    who make no update of the weights in that one, count (3 d dT + 2 d + 1) / (3 (dT + 1)).
 
     Args:
         density: kept share of the weight, in [0, 1].

@@ -138,6 +138,7 @@ def run(every: int = 0, **options: Any) -> list[float]:
     for epoch in range(EPOCHS):
         pruner.begin_epoch(epoch)
         assert pruner.density() == pruner.planned_density(epoch)
+        assert pruner.densities() == pruner.planned_layers(epoch)
         seen.append(pruner.density())
         for images, labels in batches(epoch):
             nn.functional.cross_entropy(model(images), labels).backward()

@@ -304,6 +304,14 @@ def test_overflow_at_a_removed_weight_ranks_first_and_nan_last() -> None:
         optimizer.step()
 
 
+def test_training_costs_the_density_and_a_dense_gradient_now_and_then() -> None:
+    pruner = begun(every=4, sparsity=0.8)[2]
+    layers = pruner.planned_layers(0)
+    assert layers == pruner.densities() == pruner.planned_layers(EPOCHS - 1)
+    assert layers["5.weight"] != layers["1.weight"]
+    assert pruner.step_shares({"x": 0.1}) == {"x": pytest.approx((3 * 0.1 + (2 * 0.1 + 1) / 3) / 4)}
+
+
 @pytest.mark.parametrize("options", [{"t_end": 6}, {"every": 0}, {"alpha": 0.0}, {"distribution": "er"}])
 def test_impossible_options_are_refused(options: dict[str, Any]) -> None:
     model = network()

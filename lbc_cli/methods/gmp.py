@@ -99,11 +99,15 @@ class Gmp(UnstructuredPruner):
         return sum(self._count(size, Fraction(epoch)) for size in whole) / sum(sizes)
 
     def planned_densities(self) -> dict[str, float | None]:
-        """Known for every layer where all have the same sparsity."""
+        """Name -> share of the weight kept from t_f on; known where all layers have the same sparsity."""
+        return self.planned_layers(self.ramp.t_f)
+
+    def planned_layers(self, epoch: int) -> dict[str, float | None]:
+        """Name -> share of the weight kept when `epoch` begins; known where all layers have the same sparsity."""
         if self.options.scope == "global":
             return dict.fromkeys((t.name for t in self.targets), None)
         sizes = {t.name: t.weight.numel() for t in self.targets}
-        return {name: kept_of(size, self.options.exact) / size for name, size in sizes.items()}
+        return {name: self._count(size, Fraction(epoch)) / size for name, size in sizes.items()}
 
     def _count(self, total: int, time: Fraction) -> int:
         """How many of `total` weights are kept at a time, in epochs."""

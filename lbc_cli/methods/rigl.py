@@ -43,6 +43,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lbc_cli.errors import MethodError
+from lbc_cli.flops import step_share
 from lbc_cli.methods.base import State, check_options
 from lbc_cli.methods.tensors import held_bytes
 from lbc_cli.methods.unstructured import (
@@ -114,6 +115,15 @@ class RigL(UnstructuredPruner):
     def planned_densities(self) -> dict[str, float | None]:
         """The same at every epoch, and known for every layer."""
         return {t.name: self.counts[t.name] / t.weight.numel() for t in self.targets}
+
+    def planned_layers(self, epoch: int) -> dict[str, float | None]:
+        """Name -> share of the weight that is kept, the same at every epoch."""
+        return self.planned_densities()
+
+    def step_shares(self, densities: Mapping[str, float]) -> dict[str, float]:
+        """As `Pruner.step_shares`: one update in `every` needs the gradient of all weights."""
+        part = 1 / self.options.every
+        return {n: (1 - part) * step_share(d, 3) + part * step_share(d, 2) for n, d in densities.items()}
 
     def planned_memory(self) -> dict[str, int]:
         """Peak bytes: the mask, and the dense gradients of the update in which masks change."""
