@@ -26,8 +26,9 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("models", "data", "environment", "runs"),
     ("tasks", "optim", "checkpoint"),
     ("weights", "verifier"),
-    ("runtime",),
-    ("engine", "distill", "accounting"),
+    ("runtime", "permute"),
+    ("engine", "allocation", "distill", "accounting"),
+    ("smoke",),
     ("training", "exports", "oneshot", "accuracy", "bench"),
     ("report",),
     ("sweeps",),
@@ -42,6 +43,8 @@ BESIDE = {
     ("checkpoint", "packing"),
     ("accuracy", "exports"),
     ("accuracy", "training"),
+    ("oneshot", "accuracy"),
+    ("oneshot", "training"),
     ("bench", "exports"),
 }
 
