@@ -11,22 +11,28 @@ import pytest
 import torch
 
 from lbc_cli.bench import inference as module
-from lbc_cli.bench import results
-from lbc_cli.bench.inference import inference_bench, open_source, weight_bytes
-from lbc_cli.bench.machine import clocks, measured_peak
+from lbc_cli.bench import layers, results, turns, ways
+from lbc_cli.bench.inference import inference_bench, open_source
+from lbc_cli.bench.layers import LayerBench
+from lbc_cli.bench.notes import Notes
 from lbc_cli.bench.results import InferenceBench, InferenceSetup, Side
+from lbc_cli.bench.sides import weight_bytes
+from lbc_cli.bench.verdict import verdict
+from lbc_cli.bench.whole_gpu import measure_gpu
 from lbc_cli.checkpoint import save
 from lbc_cli.errors import UsageError, VerificationError
 from lbc_cli.report import Console
-from lbc_cli.report.benched import draw_bench, print_bench
+from lbc_cli.report.benched import print_bench
+from lbc_cli.report.benched_plot import draw_bench
 from lbc_cli.runtime import open_model
+from lbc_cli.runtime.clock import Times
 from lbc_cli.runtime.executors import EXECUTORS
 from lbc_cli.runtime.tune import Plan, key_for
 from tests.checkpoints import FakePruner
 from tests.test_cli import lbc, only_line
 from tests.test_runtime import CPU, pruned
 
-QUICK = {"image_size": 64, "rounds": 3, "seconds": 0.01}
+QUICK = {"image_size": 64, "rounds": 3, "seconds": 0.01, "threads": (1,)}
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +44,15 @@ def result() -> InferenceBench:
 def test_the_whole_bench_runs_on_the_reference(result: InferenceBench) -> None:
     assert [entry.batch for entry in result.batches] == [1, 2]
     for entry in result.batches:
-        assert set(entry.sides) == {"dense", "sparse"}
+        assert set(entry.sides) - {results.BF16} == {"dense", "sparse"}
+        assert entry.threads == 1
         assert entry.difference is not None
         assert 0 <= entry.difference <= 1e-4
         for side in entry.sides.values():
             assert side.images_per_second == pytest.approx(entry.batch / side.quartiles[1])
         assert entry.speedup == entry.sides["dense"].quartiles[1] / entry.sides["sparse"].quartiles[1]
     assert "reference decodes" in result.notes[0]
+    assert {side.mode.split()[0] for entry in result.batches for side in entry.sides.values()} <= {"eager", "packed"}
     assert result.verdict == "nothing sparse was measured: cpu has no sparse kernel here"
     assert result.plans == ()
 
@@ -74,20 +82,29 @@ def test_json_holds_everything_that_its_documentation_names(result: InferenceBen
     record = json.loads(json.dumps(result.as_dict()))
     assert set(record) == {
         "schema", "source", "pattern", "device", "dtype", "image_size", "folded", "executors", "measured_peak",
-        "environment", "notes", "batches", "layers", "verdict", "estimate",
+        "peak_source", "permuted_peak", "environment", "notes", "batches", "layers_at", "layers", "verdict", "estimate",
     }  # fmt: skip
-    assert all(f"{name}" in (results.__doc__ or "") for name in record)
-    assert set(record["batches"][0]) == {"batch", "difference", "sides", "speedup", "spread"}
+    assert set(record["batches"][0]) == {
+        "batch", "threads", "difference", "sides", "speedup", "spread", "bf16_over_sparse",
+    }  # fmt: skip
     assert set(record["batches"][0]["sides"]["dense"]) == {
-        "mode", "quartiles", "images_per_second", "peak_bytes", "weight_bytes", "modes",
+        "mode", "quartiles", "images_per_second", "peak_bytes", "weight_bytes", "modes", "dtype",
     }  # fmt: skip
-    assert record["schema"] == 1
+    assert set(record["layers"][0]) == {
+        "name", "shape", "pattern", "variant", "reason", "operations", "moved_bytes", "times", "rivals", "density",
+        "speedup", "achieved", "share_of_peak", "rates",
+    }  # fmt: skip
+    documented = [*record, *record["batches"][0], *record["batches"][0]["sides"]["dense"], *record["layers"][0]]
+    assert [name for name in documented if name not in (results.__doc__ or "")] == []
+    assert record["schema"] == 2
+    assert record["layers_at"] == {"batch": 2, "threads": 1}
     assert record["environment"]["clocks"].keys() == {"before", "after"}
 
 
-def test_without_a_kernel_dense_is_measured_alone() -> None:
+def test_without_a_kernel_dense_is_measured_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "usable_executors", lambda device, dtype: [])
     found = inference_bench(InferenceSetup(source="test_resnet", per_layer=False, **QUICK))  # type: ignore[arg-type]
-    assert set(found.batches[0].sides) == {"dense"}
+    assert set(found.batches[0].sides) - {results.BF16} == {"dense"}
     assert found.batches[0].speedup is None
     assert "no speed-up is claimed" in found.notes[0]
 
@@ -101,9 +118,12 @@ def test_outputs_are_compared_before_anything_is_timed(monkeypatch: pytest.Monke
     def never(*args: object, **options: object) -> None:
         raise AssertionError("something was timed")
 
-    monkeypatch.setattr(module, "interleaved", never)
+    monkeypatch.setattr(ways, "interleaved", never)
+    monkeypatch.setattr(turns, "interleaved", never)
     setup = InferenceSetup(source="test_resnet", runtime="reference", per_layer=False, **QUICK)  # type: ignore[arg-type]
-    with pytest.raises(VerificationError, match=r"sparse outputs differ from dense ones by .* nothing was timed"):
+    with pytest.raises(
+        VerificationError, match=r"sparse \(eager NHWC\) outputs differ from dense .* nothing was timed"
+    ):
         inference_bench(setup)
 
 
@@ -120,20 +140,24 @@ def test_random_models_hide_no_layer_behind_zeros() -> None:
             weight.copy_(kept)
 
 
-def test_the_verdict_names_who_is_faster() -> None:
-    def side(median: float) -> Side:
-        return Side("eager", (median, median, median), 1 / median, None, 1, {})
+def side(median: float, mode: str = "eager", dtype: str = "float32") -> Side:
+    return Side(mode, (median, median, median), 1 / median, None, 1, {}, dtype)
 
-    sides = {"dense": side(2.0), "sparse": side(1.0)}
-    found = results.BatchResult(8, 0.0, sides)
-    executor = type("Fast", (), {"measured": True})()
-    assert module._verdict([found], [], [executor], CPU) == "batch 8: sparse is faster (2.00x, spread 0.0%)"
+
+def fast() -> Any:
+    return type("Fast", (), {"measured": True})()
+
+
+def test_the_verdict_names_who_is_faster() -> None:
+    cuda = torch.device("cuda")
+    found = results.BatchResult(8, 0.0, {"dense": side(2.0), "sparse": side(1.0)})
+    assert verdict([found], [], [fast()], cuda) == "batch 8: sparse is faster (2.00x, spread 0.0%)"
     slower = results.BatchResult(1, 0.0, {"dense": side(1.0), "sparse": side(2.0)})
-    assert "slower (0.50x" in module._verdict([slower], [], [executor], CPU)
+    assert "slower (0.50x" in verdict([slower], [], [fast()], cuda)
 
 
 def test_two_runs_agree_within_their_spread() -> None:
-    setup = InferenceSetup(source="test_resnet", image_size=64, rounds=15, per_layer=False)
+    setup = InferenceSetup(source="test_resnet", image_size=64, rounds=15, per_layer=False, threads=(1,))
     ratios = []
     for _ in range(3):  # a machine that is busy with something else may fall between the two runs
         first, second = (inference_bench(setup).batches[0] for _ in range(2))
@@ -148,14 +172,9 @@ def test_tables_and_figure(result: InferenceBench, tmp_path: Path, capsys: pytes
     print_bench(Console(), result)
     printed = capsys.readouterr().out
     assert "End to end, as measured" in printed
-    assert "dense: 3 input channels: not a multiple of 4" in printed
+    assert "dense (3 input channels: not a multiple of 4): conv1.0" in printed
     assert draw_bench(result, tmp_path / "b.png")
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_machine_says_what_it_can() -> None:
-    assert measured_peak(CPU, torch.float32) > 1e8
-    assert isinstance(clocks(CPU), dict)
 
 
 @pytest.mark.parametrize(
@@ -167,6 +186,12 @@ def test_the_machine_says_what_it_can() -> None:
         (["--batch", "1,2", "--train"], "--train measures one batch size: 2 are given"),
         (["--dtype", "flaot32"], "Did you mean 'float32'?"),
         (["--modes", "lazy"], "some of eager, compiled are needed"),
+        (["--modes", "onnxruntime"], "some of eager, compiled are needed, onnxruntime beside them"),
+        (["--threads", "0"], "--threads 0: give numbers of threads, such as 1,4"),
+        (["--threads", "two"], "--threads two: give numbers of threads"),
+        (["--threads", "1,9999"], "the number of cores that this process may use"),
+        (["--threads", "1", "--train"], "--threads belongs to inference: drop it, or --train"),
+        (["--threads", "1", "--estimate", "h200"], "--threads belongs to measurements on a CPU: drop --estimate"),
         (["--runtime", "vektor"], "unknown runtime 'vektor'"),
         (["--runtime", "semi-structured"], "cannot run here"),
         (["--tune"], "--tune stores its choices beside a file: test_resnet is none"),
@@ -201,13 +226,14 @@ def test_a_checkpoint_is_measured_as_it_is(tmp_path: Path) -> None:
     for more, message in {
         ("--pattern", "2:4"): "--pattern belongs to a model by name",
         ("--tune", "--no-layers"): "drop --no-layers",
-        ("--tune",): "cpu has no sparse kernel in torch.float32 here: nothing to choose from",
+        ("--tune", "--dtype", "float64"): "cpu has no sparse kernel in torch.float64 here: nothing to choose from",
         ("--tune", "--runtime", "reference"): "nothing to choose from",
     }.items():
         refused = lbc("bench", tmp_path / "m.safetensors", "--device", "cpu", *more)
         assert refused.exit_code == 2, refused.output
         assert message in only_line(refused)
     options = ["--runtime", "reference", "--image-size", "64", "--batch", "1", "--rounds", "3", "--no-layers", "--json"]
+    options += ["--modes", "eager", "--threads", "1"]
     done = lbc("bench", tmp_path / "m.safetensors", "--device", "cpu", *options)
     assert done.exit_code == 0, done.output
     record = json.loads(done.stdout)
@@ -236,45 +262,71 @@ def test_vector_wise_weights_are_counted_as_they_are_kept() -> None:
 
 
 def test_layers_run_as_they_do_at_the_largest_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    measure, layer = module._measure, "layer4.0.conv1"
+    measure, layer = module.CpuBench.measure, "layer4.0.conv1"
 
-    def only_at_two(*arguments: Any) -> Any:
-        setup, prepared, executors, batch, _, progress = arguments
-        names = [entry.name for entry in prepared.layers() if not entry.reason]
-        choices = {} if batch == 2 else dict.fromkeys(names, "dense")
-        plan = Plan(key_for(prepared, batch=batch, dtype=torch.float32, device=CPU), choices, {}, {}, "")
-        return measure(setup, prepared, executors, batch, plan, progress)
+    def only_at_two(bench: Any, batch: int, choices: Any) -> Any:
+        names = [entry.name for entry in bench.prepared.layers() if not entry.reason]
+        return measure(bench, batch, {} if batch == 2 else dict.fromkeys(names, "dense"))
 
-    monkeypatch.setattr(module, "_measure", only_at_two)
+    monkeypatch.setattr(module.CpuBench, "measure", only_at_two)
     setup = InferenceSetup(source="test_resnet", runtime="reference", batches=(2, 1), **QUICK)  # type: ignore[arg-type]
     assert {entry.name: entry.variant for entry in inference_bench(setup).layers}[layer] == "reference:im2col"
 
 
-def test_the_times_shown_are_those_chosen_by(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_times_shown_for_a_gpu_are_those_chosen_by(monkeypatch: pytest.MonkeyPatch) -> None:
     timed: list[str] = []
-    once = module.time_layer
 
-    def noting(layer: Any, *rest: Any) -> Any:
+    def noting(layer: Any, ways: Any, *rest: Any) -> Any:
         timed.append(layer.name)
-        return once(layer, *rest)
+        return {name: Times((1.0,)) for name in ("dense", *ways)}, {}
 
-    monkeypatch.setattr(module, "time_layer", noting)
-    setup = InferenceSetup(source="test_vit", runtime="reference", rounds=1, seconds=0.01)
+    monkeypatch.setattr(layers, "time_layer", noting)
+    setup = InferenceSetup(source="test_vit", runtime="reference", device=torch.device("cuda"))
     prepared, executors = open_source(setup), [EXECUTORS["reference"]]
     chosen = {"blocks.0.attn.proj": {"dense": (1.0, 2.0, 3.0), "reference": (4.0, 5.0, 6.0)}}
-    layers = {layer.name: layer for layer in module._layers(setup, prepared, executors, 1, [], chosen)}
-    assert layers["blocks.0.attn.proj"].times == chosen["blocks.0.attn.proj"]
+    bench = LayerBench(setup, prepared, executors, 1, Notes())
+    found = {layer.name: layer for layer in bench.measure([], chosen, lambda line: None)}
+    assert found["blocks.0.attn.proj"].times == chosen["blocks.0.attn.proj"]
+    assert found["blocks.0.attn.proj"].rivals == {}
     # Of six equal blocks one is measured: its proj is known, its qkv and fc1 have one shape.
     assert timed == ["patch_embed.proj", "blocks.0.attn.qkv", "blocks.0.mlp.fc2", "blocks.1.attn.proj", "head"]
 
 
 def test_two_dense_sides_are_not_compared_in_words() -> None:
-    prepared = open_source(InferenceSetup(source="test_resnet", image_size=64))
-    plan = Plan(key_for(prepared, batch=8, dtype=torch.float32, device=CPU), {"a": "dense"}, {}, {}, "")
-    sides = {name: Side("eager", (t, t, t), 1 / t, None, 1, {}) for name, t in {"dense": 1.0, "sparse": 2.0}.items()}
-    executor = type("Fast", (), {"measured": True})()
-    found = module._verdict([results.BatchResult(8, 0.0, sides)], [], [executor], CPU, [plan])
-    assert found == "batch 8: nothing is faster sparse, so that everything runs dense"
+    found = results.BatchResult(8, 0.0, {"dense": side(1.0), "sparse": side(2.0)}, 1)
+    said = verdict([found], [], [fast()], CPU, [(8, 1)])
+    assert said == "batch 8, 1 thread: nothing is faster sparse, so that everything runs dense"
+
+
+def test_a_plan_that_is_all_dense_is_told_by_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def all_dense(setup: Any, prepared: Any, executors: Any, batch: int, progress: Any) -> Plan:
+        names = [entry.name for entry in prepared.layers() if not entry.reason]
+        choices = dict.fromkeys(names, "dense") if batch == 2 else {}
+        return Plan(key_for(prepared, batch=batch, dtype=torch.float32, device=CPU), choices or {"x": "y"}, {}, {}, "")
+
+    told: list[Any] = []
+    monkeypatch.setattr(module, "_plan", all_dense)
+    monkeypatch.setattr(
+        module.CpuBench, "measure", lambda bench, batch, choices: (results.BatchResult(batch, 0, {}, 1), [])
+    )
+    monkeypatch.setattr(module, "verdict", lambda *arguments: told.append(arguments[-1]) or "")
+    setup = InferenceSetup(source="test_resnet", batches=(1, 2), per_layer=False, **QUICK)  # type: ignore[arg-type]
+    inference_bench(setup)
+    assert told == [[(2, 1)]]
+
+
+def test_what_runs_on_gpus_measures_each_mode_of_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = InferenceSetup(source="test_resnet", image_size=64, rounds=1)
+    prepared, executors = open_source(setup), [EXECUTORS["reference"]]
+    with torch.inference_mode():
+        found, executed = measure_gpu(setup, prepared, executors, 2, None, lambda line: None)
+        alone, _ = measure_gpu(setup, prepared, [], 2, None, lambda line: None)
+    assert {name: list(side.modes) for name, side in found.sides.items()} == {"dense": ["eager"], "sparse": ["eager"]}
+    assert found.threads is None
+    assert found.difference is not None
+    assert any(entry.variant.startswith("reference") for entry in executed)
+    assert alone.difference is None
+    assert list(alone.sides) == ["dense"]
 
 
 @pytest.mark.gpu

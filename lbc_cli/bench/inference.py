@@ -1,41 +1,56 @@
 """Measuring inference: dense beside sparse, with everything else alike, so that the difference is the sparsity.
 
-Both sides have the same weights, dtype, channels-last layout and folded batch norms, and each gets the better of eager
-and compiled execution. Outputs are compared before anything is timed. Calls are interleaved round by round; medians and
-quartiles are given. Where a device has no sparse kernel, dense is measured alone and nothing is claimed.
+On a GPU both sides have the same weights, dtype, channels-last layout and folded batch norms, and each gets the better
+of eager and compiled execution (`whole_gpu`). On a CPU dense is the fastest of several libraries and layouts, and is
+measured for several numbers of threads (`whole_cpu`). Outputs are compared before anything is timed. Calls are
+interleaved round by round; medians and quartiles are given. Where a device has no sparse kernel, dense is measured
+alone and nothing is claimed.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from torch import Tensor, nn
 
 from lbc_cli import models
 from lbc_cli.bench.datasheets import find_gpu
-from lbc_cli.bench.machine import clocks, measured_peak
+from lbc_cli.bench.layers import LayerBench
+from lbc_cli.bench.machine import Peak, bfloat16_support, clocks, measured_peak
+from lbc_cli.bench.notes import Notes
+from lbc_cli.bench.onnx_graphs import Graphs
 from lbc_cli.bench.operators import other_operators
-from lbc_cli.bench.results import TOLERANCE, BatchResult, InferenceBench, InferenceSetup, LayerResult, Quartiles, Side
+from lbc_cli.bench.results import CPU_MODES, MODES, BatchResult, InferenceBench, InferenceSetup, LayerResult
 from lbc_cli.bench.roofline import Estimate, estimate
-from lbc_cli.bench.work import Form, work_dense
+from lbc_cli.bench.verdict import Row, row_name, verdict
+from lbc_cli.bench.whole_cpu import CpuBench
+from lbc_cli.bench.whole_gpu import measure_gpu
+from lbc_cli.bench.work import Form
 from lbc_cli.engine import memory_advice
 from lbc_cli.environment import describe_hardware
-from lbc_cli.errors import VerificationError
 from lbc_cli.patterns import Pattern, magnitude_mask
-from lbc_cli.runtime.clock import Times, interleaved
-from lbc_cli.runtime.convert import Executed, ways_of
+from lbc_cli.runtime.convert import Executed
 from lbc_cli.runtime.executors import DENSE, Executor, choose_executors, usable_executors
-from lbc_cli.runtime.layers import SparseLayer
 from lbc_cli.runtime.loading import identity, open_model
 from lbc_cli.runtime.prepare import Prepared, prepare
-from lbc_cli.runtime.tune import Plan, example, time_layer, tune, work_of
-from lbc_cli.runtime.vector_layers import VectorLayer
+from lbc_cli.runtime.tune import Plan, tune
 from lbc_cli.targets import find_targets
+
+
+@dataclass(slots=True)
+class _Measured:
+    """What the rows have given."""
+
+    rows: dict[Row, tuple[BatchResult, list[Executed], Plan | None]]
+    layers: list[LayerResult]
+    layers_at: Row | None
+    peak: Peak | None
 
 
 def inference_bench(setup: InferenceSetup, progress: Callable[[str], None] = lambda line: None) -> InferenceBench:
@@ -43,28 +58,20 @@ def inference_bench(setup: InferenceSetup, progress: Callable[[str], None] = lam
 
     Raises:
         UsageError: for a source or runtime that cannot run here.
-        VerificationError: if dense and sparse outputs differ beyond what their dtype explains.
+        VerificationError: if outputs differ beyond what their dtype explains.
     """
     prepared = open_source(setup)
     estimates = _estimates(setup, prepared)
     executors = _executors(setup) if setup.measure else []
+    notes = _notes(setup, executors)
     before = clocks(setup.device)
-    results: list[BatchResult] = []
-    plans: list[Plan] = []
-    layers: list[LayerResult] = []
-    ran: dict[int, list[Executed]] = {}
-    with memory_advice("a smaller batch or image size needs less"), torch.inference_mode():
-        peak = measured_peak(setup.device, setup.dtype) if setup.measure else None
-        for batch in setup.batches if setup.measure else ():
-            progress(f"batch {batch}")
-            plan = _plan(setup, prepared, executors, batch, progress)
-            plans += [plan] if plan else []
-            result, ran[batch] = _measure(setup, prepared, executors, batch, plan, progress)
-            results.append(result)
-        if setup.per_layer and setup.measure:
-            largest = max(setup.batches)
-            seconds = next((plan.seconds for plan in plans if plan.key.batch == largest), {})
-            layers = _layers(setup, prepared, executors, largest, ran[largest], seconds)
+    measured = _Measured({}, [], None, None)
+    if setup.measure:
+        with memory_advice("a smaller batch or image size needs less"), torch.inference_mode():
+            measured = _measure(setup, prepared, executors, notes, progress)
+    rows = measured.rows
+    results = [result for result, _, _ in rows.values()]
+    all_dense = [row for row, (_, _, plan) in rows.items() if plan and set(plan.choices.values()) <= {DENSE}]
     height, width = prepared.sample.shape[2:]
     return InferenceBench(
         setup=setup,
@@ -72,15 +79,74 @@ def inference_bench(setup: InferenceSetup, progress: Callable[[str], None] = lam
         image_size=(int(height), int(width)),
         folded=len(prepared.folded),
         executors=tuple(executor.name for executor in executors),
-        measured_peak=peak,
-        environment={**describe_hardware(), "clocks": {"before": before, "after": clocks(setup.device)}},
+        peak=measured.peak,
+        environment={**_environment(setup), "clocks": {"before": before, "after": clocks(setup.device)}},
         batches=tuple(results),
-        layers=tuple(layers),
-        notes=_notes(setup, executors),
-        verdict=_verdict(results, layers, executors, setup.device, plans),
-        plans=tuple(plans),
+        layers=tuple(measured.layers),
+        notes=notes.lines(),
+        verdict=verdict(results, measured.layers, executors, setup.device, all_dense),
+        layers_at=measured.layers_at,
+        plans=tuple(plan for _, _, plan in rows.values() if plan),
         estimates=estimates,
     )
+
+
+def _measure(
+    setup: InferenceSetup,
+    prepared: Prepared,
+    executors: Sequence[Executor],
+    notes: Notes,
+    progress: Callable[[str], None],
+) -> _Measured:
+    """Every row; then the layers at the largest batch, with the most threads."""
+    counts = setup.thread_counts()
+    last: Row = (max(setup.batches), max((threads for threads in counts if threads), default=None))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_threads_restored())
+        graphs = stack.enter_context(Graphs(prepared))
+        _use(last[1])
+        found = _Measured({}, [], None, measured_peak(setup.device, setup.dtype))
+        for threads, batch in itertools.product(counts, setup.batches):
+            _use(threads)
+            progress(row_name(batch, threads))
+            plan = _plan(setup, prepared, executors, batch, progress)
+            choices = None if plan is None else plan.choices
+            if threads is None:
+                row = measure_gpu(setup, prepared, executors, batch, choices, progress)
+            else:
+                row = CpuBench(setup, prepared, executors, graphs, notes, progress).measure(batch, choices)
+            found.rows[batch, threads] = (*row, plan)
+        if setup.per_layer:
+            _use(last[1])
+            _, executed, plan = found.rows[last]
+            layers = LayerBench(setup, prepared, executors, last[0], notes)
+            found.layers = layers.measure(executed, plan.seconds if plan else {}, progress)
+            found.layers_at = last
+    found.rows = dict(sorted(found.rows.items(), key=lambda row: setup.batches.index(row[0][0])))
+    return found
+
+
+def _use(threads: int | None) -> None:
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def _threads_restored() -> Iterator[None]:
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _environment(setup: InferenceSetup) -> dict[str, Any]:
+    found = describe_hardware()
+    if setup.device.type == "cpu" and setup.measure:
+        found["bfloat16"] = bfloat16_support()
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found["onnxruntime"] = metadata.version("onnxruntime")
+    return found
 
 
 def _estimates(setup: InferenceSetup, prepared: Prepared) -> dict[str, Estimate]:
@@ -143,167 +209,21 @@ def _plan(
     )
 
 
-def _measure(
-    setup: InferenceSetup,
-    prepared: Prepared,
-    executors: Sequence[Executor],
-    batch: int,
-    plan: Plan | None,
-    progress: Callable[[str], None],
-) -> tuple[BatchResult, list[Executed]]:
-    images = example(tuple(prepared.sample.shape), batch, setup.dtype, setup.device)
-    sides = {"dense": prepared.dense(dtype=setup.dtype, device=setup.device)}
-    executed: list[Executed] = []
-    difference = None
-    if executors:
-        choices = None if plan is None else plan.choices
-        sides["sparse"], executed = prepared.sparse(executors, dtype=setup.dtype, device=setup.device, choices=choices)
-        difference = _compare(sides, images, setup)
-    taken: dict[str, dict[str, Times]] = {name: {} for name in sides}
-    for mode in setup.modes:
-        progress(f"batch {batch}, {mode}")
-        calls = {name: partial(_in_mode(model, mode), images) for name, model in sides.items()}
-        timed = interleaved(calls, setup.device, rounds=setup.rounds, seconds=10 * setup.seconds)
-        for name, times in timed.items():
-            taken[name][mode] = times
-    found = {name: _side(model, taken[name], images, setup) for name, model in sides.items()}
-    return BatchResult(batch, difference, found), executed
-
-
-def _in_mode(model: nn.Module, mode: str) -> Callable[[Tensor], Any]:
-    if mode == "eager":
-        return model
-    torch._dynamo.reset()
-    compiled: Callable[[Tensor], Any] = torch.compile(model, mode="max-autotune")
-    return compiled
-
-
-def _compare(sides: Mapping[str, nn.Module], images: Tensor, setup: InferenceSetup) -> float:
-    expected, actual = sides["dense"](images).double(), sides["sparse"](images).double()
-    difference = float((actual - expected).abs().max() / expected.abs().max())
-    if not difference <= TOLERANCE[setup.dtype]:
-        raise VerificationError(
-            f"{setup.source}: sparse outputs differ from dense ones by {difference:.2g} of the largest logit: at most "
-            f"{TOLERANCE[setup.dtype]:g} is explained by {setup.dtype}; nothing was timed"
-        )
-    return difference
-
-
-def _side(model: nn.Module, taken: Mapping[str, Times], images: Tensor, setup: InferenceSetup) -> Side:
-    mode = min(taken, key=lambda name: taken[name].median)
-    quartiles = taken[mode].quartiles
-    return Side(
-        mode=mode,
-        quartiles=quartiles,
-        images_per_second=len(images) / quartiles[1],
-        peak_bytes=_peak_bytes(model, images, setup.device),
-        weight_bytes=weight_bytes(model),
-        modes={name: times.quartiles for name, times in taken.items()},
-    )
-
-
-def _peak_bytes(model: nn.Module, images: Tensor, device: torch.device) -> int | None:
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    model(images)
-    torch.cuda.synchronize(device)
-    return int(torch.cuda.max_memory_allocated(device) - before)
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """Memory of the weights as they are executed, compressed ones in their compressed form."""
-    sparse = [(name, module) for name, module in model.named_modules() if isinstance(module, SparseLayer | VectorLayer)]
-    inside = tuple(f"{name}." for name, _ in sparse)
-    plain: list[Tensor] = [value for name, value in model.named_parameters() if not name.startswith(inside)]
-    plain += [module.bias for _, module in sparse if module.bias is not None]
-    return sum(value.nbytes for value in plain) + sum(module.stored_bytes() for _, module in sparse)
-
-
-def _layers(
-    setup: InferenceSetup,
-    prepared: Prepared,
-    executors: Sequence[Executor],
-    batch: int,
-    executed: Sequence[Executed],
-    seconds: Mapping[str, Mapping[str, Quartiles]],
-) -> list[LayerResult]:
-    """Every layer with its times: those that its way was chosen by, where it was chosen; else measured here."""
-    ran = {entry.name: entry for entry in executed}
-    known: dict[tuple[object, ...], Mapping[str, Quartiles]] = {}
-    found = []
-    for layer in prepared.layers():
-        if not layer.inputs:
-            continue
-        ways, reason = ways_of(layer, executors)
-        same = work_of(layer, ways)
-        if layer.name not in seconds and same not in known:
-            times, _ = time_layer(layer, ways, batch, setup.dtype, setup.device, setup.rounds, setup.seconds)
-            known[same] = {name: value.quartiles for name, value in times.items()}
-        shapes = [
-            ((batch * i[0], *i[1:]), (batch * o[0], *o[1:])) for i, o in zip(layer.inputs, layer.outputs, strict=True)
-        ]
-        work = [work_dense(layer, inputs, outputs, setup.dtype) for inputs, outputs in shapes]
-        entry = ran.get(layer.name)
-        found.append(
-            LayerResult(
-                name=layer.name,
-                shape=layer.shape,
-                pattern=str(layer.pattern or DENSE),
-                variant=entry.variant if entry else DENSE,
-                reason=entry.reason if entry else reason,
-                operations=sum(int(part.operations) for part in work),
-                moved_bytes=sum(int(part.moved) for part in work),
-                times=seconds[layer.name] if layer.name in seconds else known[same],
-            )
-        )
-    return found
-
-
-def _notes(setup: InferenceSetup, executors: Sequence[Executor]) -> tuple[str, ...]:
-    notes = []
+def _notes(setup: InferenceSetup, executors: Sequence[Executor]) -> Notes:
+    """What is known before anything is measured."""
+    notes = Notes()
     if not setup.measure:
-        notes.append("nothing was measured: all times are estimates")
+        notes.add("nothing was measured: all times are estimates")
     elif not executors:
-        notes.append(
+        notes.add(
             f"no sparse kernel for {setup.dtype} on {setup.device}: dense is measured alone, and no speed-up is claimed"
         )
     elif not any(executor.measured for executor in executors):
-        notes.append("the reference decodes its weights at every call: its times say nothing about sparse kernels")
+        notes.add("the reference decodes its weights at every call: its times say nothing about sparse kernels")
+    known = CPU_MODES if setup.device.type == "cpu" else MODES
+    missing = [mode for mode in known if mode not in setup.modes]
+    if setup.measure and setup.device.type == "cpu" and missing:
+        notes.add(f"not asked for: {', '.join(missing)}; dense may be faster there")
     if not Path(setup.source).exists():
-        notes.append("random weights with magnitude masks: times do not depend on their values")
-    return tuple(notes)
-
-
-def _verdict(
-    results: Sequence[BatchResult],
-    layers: Sequence[LayerResult],
-    executors: Sequence[Executor],
-    device: torch.device,
-    plans: Sequence[Plan] = (),
-) -> str:
-    if not results:
-        return "nothing was measured"
-    if not any(executor.measured for executor in executors):
-        return f"nothing sparse was measured: {device} has no sparse kernel here"
-    parts = []
-    all_dense = {plan.key.batch for plan in plans if set(plan.choices.values()) <= {DENSE}}
-    for result in results:
-        if result.batch in all_dense:  # both sides are the same model: any difference is noise
-            parts.append(f"batch {result.batch}: nothing is faster sparse, so that everything runs dense")
-            continue
-        ratio = result.speedup or 1.0
-        word = "faster" if ratio - 1 > result.spread else "slower" if 1 - ratio > result.spread else "level"
-        parts.append(f"batch {result.batch}: sparse is {word} ({ratio:.2f}x, spread {result.spread:.1%})")
-    able = [layer for layer in layers if layer.speedup is not None]
-    if able:
-        wins = [layer for layer in able if layer.variant != DENSE]
-        mean = math.exp(sum(math.log(layer.speedup or 1.0) for layer in able) / len(able))
-        parts.append(f"{len(wins)} of {len(able)} sparse layers run sparse, {mean:.2f}x in the geometric mean")
-        lost = [layer for layer in able if layer.variant == DENSE]
-        if lost:
-            small = min(lost, key=lambda layer: layer.operations)
-            parts.append(f"{len(lost)} stay dense because dense is as fast there, the smallest {small.name}")
-    return "; ".join(parts)
+        notes.add("random weights with magnitude masks: times do not depend on their values")
+    return notes

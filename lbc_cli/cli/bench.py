@@ -28,13 +28,16 @@ def bench(
     vector: Vector = None,
     device: Device = None,
     batch: Annotated[str, typer.Option("--batch", metavar="N[,N]", help="Images at once, each measured.")] = "16",
+    threads: Annotated[
+        str | None, typer.Option("--threads", metavar="N[,N]", help="Of a CPU, each measured; 1 and all by default.")
+    ] = None,
     image_size: Annotated[int, typer.Option("--image-size", min=0, help="Pixels; 0: the model's own.")] = 0,
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32, float16, bfloat16 or float64.")] = None,
     runtime: Annotated[
-        str | None, typer.Option("--runtime", help="semi-structured, vector or reference; all that run here.")
+        str | None, typer.Option("--runtime", help="semi-structured, vector, cpu or reference; all that run here.")
     ] = None,
     modes: Annotated[
-        str | None, typer.Option("--modes", help="eager, compiled or both; both on a GPU, eager on a CPU.")
+        str | None, typer.Option("--modes", help="Some of eager, compiled and, on a CPU, onnxruntime; all by default.")
     ] = None,
     rounds: Annotated[int | None, typer.Option("--rounds", min=1, help="Timed calls of each candidate.")] = None,
     layers: Annotated[bool | None, typer.Option("--layers/--no-layers", help="Time every layer by itself.")] = None,
@@ -63,13 +66,14 @@ def bench(
         "--runtime": runtime,
         "--modes": modes,
         "--rounds": rounds,
+        "--threads": threads,
         "--layers": layers,
     }
     inference |= {"--tune": tune or None, "--estimate": estimate, "--plot": plot}
     _refuse(inference if train else training, "inference: drop it, or --train" if train else "training: add --train")
     console = make_console(quiet)
     common = {
-        "batches": _batches(batch),
+        "batches": _numbers("--batch", batch, "images, such as 1,64,256"),
         "image_size": image_size,
         "device": device,
         "pattern": _pattern(pattern, vector),
@@ -79,6 +83,7 @@ def bench(
         _train(console, as_json, source, common, step)
         return
     options = {"dtype": dtype, "runtime": runtime, "modes": modes, "rounds": rounds, "per_layer": layers}
+    options["threads"] = threads
     _check_source(source, {"--pattern": pattern, "--vector": vector})
     setup = _inference_setup(source, common, {**options, "estimate": estimate})
     if tune:
@@ -115,14 +120,14 @@ def _check_tune(source: str, setup: InferenceSetup) -> None:
         raise UsageError(f"--tune: {setup.device} has no sparse kernel in {setup.dtype} here: nothing to choose from")
 
 
-def _batches(text: str) -> tuple[int, ...]:
+def _numbers(option: str, text: str, what: str) -> tuple[int, ...]:
     try:
-        sizes = tuple(int(part) for part in text.split(","))
+        found = tuple(int(part) for part in text.split(","))
     except ValueError:
-        sizes = ()
-    if not sizes or min(sizes) < 1:
-        raise UsageError(f"--batch {text}: give numbers of images, such as 1,64,256")
-    return sizes
+        found = ()
+    if not found or min(found) < 1:
+        raise UsageError(f"{option} {text}: give numbers of {what}")
+    return found
 
 
 def _pattern(pattern: str | None, vector: int | None) -> str:
@@ -158,7 +163,7 @@ def _train(console: Console, as_json: bool, model: str, common: Mapping[str, Any
 def _inference_setup(source: str, common: Mapping[str, Any], options: Mapping[str, Any]) -> InferenceSetup:
     import torch
 
-    from lbc_cli.bench.results import MODES, InferenceSetup
+    from lbc_cli.bench.results import InferenceSetup
     from lbc_cli.training import choose_device
 
     device = choose_device(common["device"] or "auto")
@@ -166,7 +171,8 @@ def _inference_setup(source: str, common: Mapping[str, Any], options: Mapping[st
     dtype = options["dtype"] or ("bfloat16" if on_gpu else "float32")
     if dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype}: one of {', '.join(DTYPES)}.{did_you_mean(dtype, DTYPES)}")
-    modes = options["modes"]
+    # An estimate is for a GPU that is not here: dense times of this CPU would only stand in its way.
+    measure = on_gpu or not options["estimate"]
     return InferenceSetup(
         source=source,
         pattern=common["pattern"],
@@ -175,23 +181,44 @@ def _inference_setup(source: str, common: Mapping[str, Any], options: Mapping[st
         dtype=getattr(torch, dtype),
         batches=common["batches"],
         image_size=common["image_size"],
-        modes=tuple(modes.split(",")) if modes else MODES if on_gpu else MODES[:1],
+        threads=_threads(options["threads"], on_gpu=on_gpu, measure=measure),
+        modes=_modes(options["modes"], on_gpu=on_gpu),
         rounds=options["rounds"] or 20,
         per_layer=options["per_layer"] is not False,
         estimate=options["estimate"] or "",
-        # An estimate is for a GPU that is not here: dense times of this CPU would only stand in its way.
-        measure=on_gpu or not options["estimate"],
+        measure=measure,
     )
+
+
+def _threads(text: str | None, *, on_gpu: bool, measure: bool) -> tuple[int, ...]:
+    if text is None:
+        return ()
+    if on_gpu or not measure:
+        raise UsageError("--threads belongs to measurements on a CPU: " + ("drop it" if on_gpu else "drop --estimate"))
+    return _numbers("--threads", text, "threads, such as 1,4")
+
+
+def _modes(text: str | None, *, on_gpu: bool) -> tuple[str, ...]:
+    from importlib.util import find_spec
+
+    from lbc_cli.bench.results import CPU_MODES, MODES, ONNXRUNTIME
+
+    if text is None:
+        return MODES if on_gpu else CPU_MODES
+    if ONNXRUNTIME in text.split(",") and find_spec(ONNXRUNTIME) is None:
+        raise UsageError(f"--modes {text}: {ONNXRUNTIME} is not installed: pip install 'lbc-cli[onnx]'")
+    return tuple(text.split(","))
 
 
 def _inference(console: Console, setup: InferenceSetup, *, as_json: bool, plot: Path | None, tune: bool) -> None:
     from lbc_cli.bench.inference import inference_bench
-    from lbc_cli.report.benched import draw_bench, print_bench
+    from lbc_cli.report.benched import print_bench
+    from lbc_cli.report.benched_plot import draw_bench
     from lbc_cli.runtime.tune import save_plan
 
     result = inference_bench(setup, console.info)
     for plan in result.plans if tune else ():
-        console.info(f"{save_plan(setup.source, plan)}: batch {plan.key.batch}: {plan.verdict}")
+        console.info(f"{save_plan(setup.source, plan)}: batch {plan.key.batch} on {plan.key.device}: {plan.verdict}")
     console.json(result.as_dict()) if as_json else print_bench(console, result)
     if plot is not None and not draw_bench(result, plot):
         raise UsageError(f"--plot {plot}: nothing was measured, so there is nothing to draw")

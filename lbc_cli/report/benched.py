@@ -1,14 +1,13 @@
-"""Inference benches as tables and as a figure. What was measured and what was estimated never share a column."""
+"""Inference benches as tables. What was measured and what was estimated never share a column."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
-from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
 
+from lbc_cli.report.benched_cpu import cpu_facts, cpu_layers, cpu_rows, cpu_ways
 from lbc_cli.report.console import Console
 from lbc_cli.report.formats import (
     MISSING,
@@ -19,12 +18,9 @@ from lbc_cli.report.formats import (
     format_seconds,
     format_shape,
 )
-from lbc_cli.report.plots import BLUE, GREY, STYLE, VERMILLION
 from lbc_cli.report.tables import Columns, format_facts, table
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
     from lbc_cli.bench.results import BatchResult, InferenceBench, LayerResult
     from lbc_cli.bench.roofline import Estimate
 
@@ -36,11 +32,12 @@ def print_bench(console: Console, bench: InferenceBench) -> None:
 
 def format_bench(bench: InferenceBench) -> list[RenderableType]:
     """A bench as tables: end to end, per layer, estimates, and what follows in words."""
+    on_cpu = bench.setup.device.type == "cpu"
     parts: list[RenderableType] = [f"Inference: {bench.setup.source} · {bench.pattern}", _facts(bench)]
     if bench.batches:
-        parts.append(_end_to_end(bench.batches))
+        parts += [cpu_rows(bench), cpu_ways(bench)] if on_cpu else [_end_to_end(bench.batches)]
     if bench.layers:
-        parts.append(_layers(bench))
+        parts.append(cpu_layers(bench) if on_cpu else _layers(bench))
     if bench.estimates:
         parts += _estimates(bench.estimates["im2col"], bench.estimates["fused"])
     parts += [f"note: {note}" for note in bench.notes]
@@ -50,26 +47,27 @@ def format_bench(bench: InferenceBench) -> list[RenderableType]:
 
 def _facts(bench: InferenceBench) -> RenderableType:
     found = bench.environment
-    hardware = _hardware(bench)
     height, width = bench.image_size
+    ort = f", onnxruntime {found['onnxruntime']}" if found.get("onnxruntime") else ""
     facts = {
         "images": f"{height} x {width} pixels",
         "dtype": str(bench.setup.dtype).removeprefix("torch."),
         "fusion": f"{bench.folded} batch norms folded, on both sides",
         "kernels": ", ".join(bench.executors) or "none sparse",
-        "peak": f"{format_count(bench.measured_peak)}FLOP/s, a large matrix product" if bench.measured_peak else "",
-        "hardware": hardware,
-        "versions": f"lbc {found['lbc']}, torch {found['torch']}, timm {found['timm']}",
+        "peak": f"{format_count(bench.peak.operations)}FLOP/s, {bench.peak.source}" if bench.peak else "",
+        **cpu_facts(bench),
+        "hardware": hardware(bench),
+        "versions": f"lbc {found['lbc']}, torch {found['torch']}{ort}, timm {found['timm']}",
     }
     return format_facts({name: value for name, value in facts.items() if value})
 
 
-def _hardware(bench: InferenceBench) -> str:
-    """The GPU that was measured, or the CPU and its threads."""
+def hardware(bench: InferenceBench) -> str:
+    """The GPU that was measured, or the CPU and its cores."""
     found, device = bench.environment, bench.setup.device
     if device.type == "cuda":
         return str(found["gpus"][device.index or 0])
-    return f"{found['cpu']}, {found['threads']} threads"
+    return f"{found['cpu']}, {found['cpus']} cores"
 
 
 def _end_to_end(batches: Sequence[BatchResult]) -> RenderableType:
@@ -185,77 +183,3 @@ def _totals(today: Estimate, fused: Estimate) -> RenderableType:
 
 def _times(ratio: float) -> str:
     return f"{format_number(ratio, 2)}x"
-
-
-def draw_bench(bench: InferenceBench, path: str | PathLike[str]) -> bool:
-    """Draw speed-up per layer and throughput over batch size as a PNG.
-
-    Returns:
-        Whether there was anything to draw; if not, nothing is written.
-
-    Raises:
-        OutputError: if the file cannot be written.
-    """
-    if not bench.batches:
-        return False
-    from lbc_cli.checkpoint.files import atomic_write_bytes
-
-    atomic_write_bytes(path, [_png(bench)])
-    return True
-
-
-def _png(bench: InferenceBench) -> bytes:
-    import matplotlib as mpl
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    able = [layer for layer in bench.layers if layer.speedup]
-    with mpl.rc_context():
-        mpl.rcdefaults()
-        mpl.rcParams.update(STYLE)
-        height = 3.6 + 0.17 * len(able)
-        figure = Figure(figsize=(9.6, height), dpi=150, layout="constrained")
-        FigureCanvasAgg(figure)
-        panels: list[Axes] = list(figure.subplots(1, 2 if able else 1, squeeze=False)[0])
-        _draw_throughput(panels[0], bench)
-        if able:
-            _draw_layers(panels[1], able)
-        figure.suptitle(f"{bench.setup.source} · {bench.pattern}", x=0.012, ha="left", fontweight="bold")
-        figure.supxlabel(_footnote(bench), x=0.012, ha="left", fontsize=7.5, color=GREY)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def _footnote(bench: InferenceBench) -> str:
-    found = bench.environment
-    hardware = _hardware(bench)
-    dtype = str(bench.setup.dtype).removeprefix("torch.")
-    warning = "; ".join(note for note in bench.notes if note.startswith(("the reference", "no sparse")))
-    return f"{hardware}, torch {found['torch']}, {dtype}, medians" + (f"; {warning}" if warning else "")
-
-
-def _draw_throughput(axes: Axes, bench: InferenceBench) -> None:
-    for name, colour, dashes in (("dense", BLUE, "--"), ("sparse", VERMILLION, "-")):
-        found = [result for result in bench.batches if name in result.sides]
-        x = [result.batch for result in found]
-        y = [result.sides[name].images_per_second for result in found]
-        if x:
-            axes.plot(x, y, dashes, marker="o", color=colour, label=name)
-    axes.set_title("Throughput")
-    axes.set_xlabel("batch")
-    axes.set_ylabel("images per second")
-    axes.set_ylim(bottom=0)
-    axes.legend(loc="best")
-
-
-def _draw_layers(axes: Axes, layers: Sequence[LayerResult]) -> None:
-    names: list[Any] = [layer.name for layer in layers]
-    speedups = [layer.speedup or 0.0 for layer in layers]
-    colours = [VERMILLION if layer.variant != "dense" else GREY for layer in layers]
-    axes.barh(range(len(names)), speedups, color=colours)
-    axes.set_yticks(range(len(names)), names, fontsize=6.5)
-    axes.invert_yaxis()
-    axes.axvline(1, color=GREY, linewidth=0.8)
-    axes.set_title("Speed-up per layer")
-    axes.set_xlabel("dense time / sparse time (grey: runs dense)")
