@@ -21,6 +21,7 @@ from lbc_cli.methods.unstructured import Clock, SparsityOptions, kept_of, larges
 from lbc_cli.recipe import resolve
 from lbc_cli.report.describe import plan_view
 from lbc_cli.runs import RunFolder
+from lbc_cli.smoke import smoke
 from lbc_cli.verifier import verify
 from tests import unstructured as oracle
 
@@ -32,7 +33,7 @@ BASE = {"model.name": "test_resnet", "data.source": "digits"}
 
 def job(method: str, *overrides: str, **flags: Any) -> training.Job:
     given = {**BASE, "method.name": method, **flags}
-    return training.prepare(training.smoke(resolve("digits", overrides=overrides, flags=given)))
+    return training.prepare(smoke(resolve("digits", overrides=overrides, flags=given)))
 
 
 # Counting and ranking.
@@ -172,7 +173,10 @@ def test_a_run_is_planned_trained_verified_and_resumed(method: str, tmp_path: Pa
     assert {finding.rule for finding in outcome.report.findings} == set()  # no -0.0 among the zeros
     for counted in outcome.report.counted:
         weight = first.model.get_parameter(counted.name)
-        assert counted.nonzeros == counted.claimed == int((weight != 0).sum()) < weight.numel()
+        assert counted.nonzeros == counted.claimed == int((weight != 0).sum()) <= weight.numel()
+    assert sum(layer.nonzeros for layer in outcome.report.counted) < 0.6 * sum(
+        target.weight.numel() for target in first.pruner.targets
+    )
     written = (tmp_path / "run" / "recipe.toml").read_text()
     assert 'pattern = ""' in written
     assert training.summary(first, outcome)["pattern"] is None

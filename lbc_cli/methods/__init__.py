@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from lbc_cli.errors import MethodError, did_you_mean
 from lbc_cli.methods.base import MethodOptions, Pruner
 from lbc_cli.methods.dense import Dense, DenseOptions
+from lbc_cli.methods.dnw import Dnw, DnwOptions
 from lbc_cli.methods.gmp import Gmp, GmpOptions
 from lbc_cli.methods.lbc import Lbc, LbcOptions
 from lbc_cli.methods.magnitude import Asp, AspOptions
@@ -55,6 +56,7 @@ METHODS: dict[str, MethodInfo] = {
     "asp": MethodInfo("magnitude mask once, then training under it", "NVIDIA 2021", AspOptions, Asp),
     "gmp": MethodInfo("remove the smallest weights, bit by bit", "2017", GmpOptions, Gmp, structured=False),
     "rigl": MethodInfo("drop by magnitude, grow by gradient", "ICML 2020", RigLOptions, RigL, structured=False),
+    "dnw": MethodInfo("use the largest weights, train all", "NeurIPS 2019", DnwOptions, Dnw, structured=False),
 }
 
 

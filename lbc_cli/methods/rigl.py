@@ -5,7 +5,7 @@ Evci, Gale, Menick, Castro, Elsen: "Rigging the Lottery: Making All Tickets Winn
 Every layer l of N_l weights begins with a random mask of density d_l = 1 - s_l. Every dT = `every` updates, while
 t < T_end, in each layer (their Algorithm 1)
 
-    k = floor(f(t) d_l N_l),   f(t) = alpha / 2 (1 + cos(pi t / T_end))                      (Eq. 1)
+    k = floor(f(t) d_l N_l),   f(t) = alpha / 2 (1 + cos(pi t / T_end))
     drop    the k kept weights of smallest |W|
     grow    of all weights that are then not kept, the k with the largest |dL/dW|; they start at 0
 

@@ -76,6 +76,18 @@ def largest(values: Tensor, count: int) -> Tensor:
     return above | (equal & (equal.cumsum(0) <= count - above.sum()))
 
 
+def check_finite(name: str, values: Tensor) -> None:
+    """Refuse to rank weights of a run that has diverged.
+
+    Raises:
+        DivergenceError: if a weight is not finite.
+    """
+    if not bool(values.isfinite().all()):
+        raise DivergenceError(
+            f"weights of {name} are not finite: training diverged; lower the learning rate or clip the gradients"
+        )
+
+
 def magnitudes(target: Target, removed: Tensor | None) -> Tensor:
     """|w| of a target in row-major order, [n]; -1 where it is removed already, which is less than any.
 
@@ -83,10 +95,7 @@ def magnitudes(target: Target, removed: Tensor | None) -> Tensor:
         DivergenceError: if a weight is not finite.
     """
     sizes = target.weight.detach().abs()
-    if not bool(sizes.isfinite().all()):
-        raise DivergenceError(
-            f"weights of {target.name} are not finite: training diverged; lower the learning rate or clip the gradients"
-        )
+    check_finite(target.name, sizes)
     return (sizes if removed is None else sizes.masked_fill(removed, -1)).flatten()
 
 
