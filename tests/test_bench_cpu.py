@@ -157,8 +157,13 @@ def test_what_cannot_run_is_said_and_left_out(prepared: Prepared, monkeypatch: p
         with pytest.raises(UsageError, match=r"modes compiled: dense runs in none of them here: .*no working C\+\+"):
             bench_for(prepared, Notes(), modes=("compiled",)).measure(1, None)
     said = notes.lines()
-    assert "compiled dense is left out: no working C++ compiler (dense, batch 1, 1 thread)" in said
-    assert "packed float32 is left out: no working C++ compiler (batch 1, 1 thread)" in said
+    assert (
+        "compiled is left out: no working C++ compiler (dense, batch 1, 1 thread; dense bf16, batch 1, 1 thread)"
+        in said
+    )
+    assert (
+        "packed is left out: no working C++ compiler (dense, batch 1, 1 thread; dense bf16, batch 1, 1 thread)" in said
+    )
     assert any(line.startswith("onnxruntime is left out: onnxruntime, onnx, onnxscript not installed") for line in said)
 
 
@@ -462,12 +467,12 @@ def layer(name: str, variant: str, seconds: float, rival: float, sparse: float) 
 def test_the_verdict_says_against_whom_and_where_bfloat16_is_faster() -> None:
     fast: Any = type("Fast", (), {"measured": True})()
     start = "batch 4, 2 threads: sparse is "
-    assert verdict([row(2, 1, 1.5)], [], [fast], CPU) == start + "faster than dense (onnxruntime) (2.00x, spread 0.0%)"
-    assert verdict([row(1, 2, 2)], [], [fast], CPU) == start + "slower than dense (onnxruntime) (0.50x, spread 0.0%)"
+    assert verdict([row(2, 1, 1.5)], [], [fast], CPU) == start + "faster than dense (onnxruntime): 2.00x, spread 0.0%"
+    assert verdict([row(1, 2, 2)], [], [fast], CPU) == start + "slower than dense (onnxruntime): 0.50x, spread 0.0%"
     level = row(1.05, 1, 1, 0.1)
-    assert verdict([level], [], [fast], CPU) == start + "level with dense (onnxruntime) (1.05x, spread 10.0%)"
+    assert verdict([level], [], [fast], CPU) == start + "level with dense (onnxruntime): 1.05x, spread 10.0%"
     said = verdict([row(2, 1, 0.5)], [], [fast], CPU)
-    assert said.endswith("(2.00x, spread 0.0%), and dense bf16 (packed) is faster than sparse (2.00x)")
+    assert said.endswith("2.00x, spread 0.0%, but dense bf16 (packed) is faster than sparse: 2.00x")
     layers = [layer("a", "cpu", 9, 8, 2), layer("b", "dense", 2, 3, 2)]
     said = verdict([row(2, 1, 2)], layers, [fast], CPU)
     assert "1 of 2 sparse layers run sparse, 2.00x in the geometric mean against the best dense way of each" in said

@@ -1,7 +1,11 @@
 """Measuring, and estimating where nothing could be measured.
 
     training    a training step with a method beside a dense one
-    inference   a model dense beside sparse; results: what it gives back; machine: peak and clocks
+    inference   a model dense beside sparse; results: what it gives back; verdict: in words; notes: what it adds
+    whole_gpu, whole_cpu    one batch of it; sides: what both need
+    ways            to run a model on a CPU; compiling, onnx_graphs: two of them; turns: timing them all
+    layers          one by one; dense_layers: ways to run one densely on a CPU
+    machine         peak and clocks
     roofline    what datasheets allow: estimates, marked as such, for GPUs that are not at hand; from
     datasheets      rates of GPUs
     work            what a layer computes and moves, dense and sparse

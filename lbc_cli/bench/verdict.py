@@ -51,13 +51,15 @@ def _row(result: BatchResult, all_dense: bool) -> str:
     if all_dense:  # sparse is a dense model then: any difference is another way to run it, or noise
         return f"{where}: nothing is faster sparse, so that everything runs dense"
     ratio = result.speedup or 1.0
-    rival = ""
-    if result.threads is not None:
-        rival = f" {'with' if _word(ratio, result.spread) == 'level' else 'than'} dense ({result.sides['dense'].mode})"
-    said = f"{where}: sparse is {_word(ratio, result.spread)}{rival} ({ratio:.2f}x, spread {result.spread:.1%})"
+    word = _word(ratio, result.spread)
+    if result.threads is None:
+        return f"{where}: sparse is {word} ({ratio:.2f}x, spread {result.spread:.1%})"
+    than = "with" if word == "level" else "than"
+    said = f"{where}: sparse is {word} {than} dense ({result.sides['dense'].mode}): {ratio:.2f}x, "
+    said += f"spread {result.spread:.1%}"
     beside = result.bf16_over_sparse
     if beside is not None and _word(beside, result.spread_of("sparse", BF16)) == "faster":
-        said += f", and {BF16} ({result.sides[BF16].mode}) is faster than sparse ({beside:.2f}x)"
+        said += f", but {BF16} ({result.sides[BF16].mode}) is faster than sparse: {beside:.2f}x"
     return said
 
 

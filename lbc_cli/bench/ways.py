@@ -74,7 +74,7 @@ def dense_ways(prepared: Prepared, images: Tensor, notes: Notes, place: str) -> 
         prepared: the model.
         images: channels last, in the dtype to compute in.
         notes: told if weights cannot be packed.
-        place: where that is.
+        place: side and row, for notes.
     """
     model = prepared.dense(dtype=images.dtype, device=CPU)
     ways = Ways(images.dtype, weight_bytes(model))
@@ -83,7 +83,7 @@ def dense_ways(prepared: Prepared, images: Tensor, notes: Notes, place: str) -> 
         ways.add(PACKED, packed_model(prepared, images.dtype), images)
         ways.runs[PACKED]()
     except (RuntimeError, AttributeError) as error:  # operators of torch that are not documented
-        notes.add(f"{PACKED} {str(images.dtype).removeprefix('torch.')} is left out: {reason_of(error)}", place)
+        notes.add(f"{PACKED} is left out: {reason_of(error)}", place)
         ways.runs.pop(PACKED, None)
         ways.models.pop(PACKED, None)
     return ways
@@ -118,7 +118,7 @@ def add_onnxruntime(ways: Ways, graphs: Graphs, at_once: int, notes: Notes, plac
         graphs: of its model.
         at_once: images of a slice; as many as there are: none.
         notes: told why, where it cannot be run.
-        place: where that is.
+        place: side and row, for notes.
     """
     model, images = ways.models[NCHW]
     try:
@@ -141,7 +141,7 @@ def add_compiled(ways: Ways, layout: str, at_once: int, notes: Notes, place: str
             name = COMPILED if size == len(images) else f"{COMPILED}{SLICED}"
             ways.runs[name] = compiled_call(model, images, at_once=size)
     except RuntimeError as error:
-        notes.add(f"{COMPILED} {place.partition(', ')[0]} is left out: {reason_of(error)}", place)
+        notes.add(f"{COMPILED} is left out: {reason_of(error)}", place)
 
 
 def faster_layout(ways: Ways) -> str:

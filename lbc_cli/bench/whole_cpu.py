@@ -101,12 +101,12 @@ class CpuBench:
         """Everything but what is compiled."""
         setup = self.setup
         images = example(tuple(self.prepared.sample.shape), batch, setup.dtype, CPU)
-        sides = {"dense": dense_ways(self.prepared, images, self.notes, place)}
+        sides = {"dense": dense_ways(self.prepared, images, self.notes, f"dense, {place}")}
         add_contiguous(sides["dense"], self.prepared)
         if ONNXRUNTIME in setup.modes:
             self.progress(f"{place}: {ONNXRUNTIME}")
             at_once = slice_size(self.prepared, batch)
-            add_onnxruntime(sides["dense"], self.graphs, at_once, self.notes, place)
+            add_onnxruntime(sides["dense"], self.graphs, at_once, self.notes, f"dense, {place}")
         executed: list[Executed] = []
         if self.executors:
             model, executed = self.prepared.sparse(self.executors, dtype=setup.dtype, device=CPU, choices=choices)
@@ -120,7 +120,7 @@ class CpuBench:
         if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             self.notes.add(f"{BF16} is left out: oneDNN has no bfloat16 on this processor")
             return
-        sides[BF16] = dense_ways(self.prepared, images.to(torch.bfloat16), self.notes, place)
+        sides[BF16] = dense_ways(self.prepared, images.to(torch.bfloat16), self.notes, f"{BF16}, {place}")
 
     def _compile(self, sides: Mapping[str, Ways], at_once: int, place: str) -> None:
         """Add compiled ways; where that fails, a note."""
