@@ -343,13 +343,11 @@ extern "C" int32_t lbc_isa_available(int32_t number) {
 }
 
 extern "C" int32_t lbc_plan(LbcWeight *w, int64_t stride_w) {
-    if (w->out < 1 || w->in < 1 || w->kh < 1 || w->kw < 1) return -1;
-    if (w->m != 4 && w->m != 8 && w->m != 16 && w->m != 32) return -2;
-    if (w->n < 1 || w->n >= w->m || w->in % w->m) return -2;
-    if (w->vector != 1 && w->vector != 16 && w->vector != 32) return -3;
+    if (!is_possible(*w) || stride_w < 1) return -1;
     const int64_t step = w->m > 16 ? w->m : 16;
-    const int64_t pixels = w->kh * ((tile_pixels - 1) * stride_w + w->kw);
-    const int64_t most = std::max(first_level / (int64_t)sizeof(float) / pixels / step * step, step);
+    // In floating point: sizes and strides may be such that the pixels of a tile overflow an integer.
+    const double pixels = (double)w->kh * ((double)(tile_pixels - 1) * (double)stride_w + (double)w->kw);
+    const int64_t most = std::max((int64_t)(first_level / sizeof(float) / pixels) / step * step, step);
     const int64_t chunks = ceil_div(w->in, most);
     w->chunk = ceil_div(ceil_div(w->in, chunks), step) * step;
     return 0;

@@ -61,10 +61,11 @@ LBC_EXPORT const char *lbc_sources(void);
 // Whether the processor has the instructions and this build the code.
 LBC_EXPORT int32_t lbc_isa_available(int32_t isa);
 
-// Checks a weight's numbers and fills in `chunk`; 0, or a negative number for a pattern without a kernel.
+// Checks a weight's numbers and fills in `chunk`; 0, or a negative number where there is no kernel for them.
 LBC_EXPORT int32_t lbc_plan(LbcWeight *weight, int64_t stride_w);
 
-// Elements of the packed values, bytes of the packed index.
+// Elements of the packed values, bytes of the packed index; -1 for numbers that lbc_plan would not give. What follows
+// takes numbers that were planned: it does not look at them again.
 LBC_EXPORT int64_t lbc_values(const LbcWeight *weight);
 LBC_EXPORT int64_t lbc_index_bytes(const LbcWeight *weight);
 

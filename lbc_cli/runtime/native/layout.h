@@ -16,9 +16,14 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include <initializer_list>
+
 #include "kernels.h"
 
 namespace lbc {
+
+constexpr int64_t most_elements = (int64_t)1 << 40;  // of a weight: no size below overflows
+constexpr int64_t most_chunk = 1 << 16;              // what an index of 16 bits reaches
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -36,6 +41,25 @@ struct Layout {
           step(w.m > 16 ? w.m : 16),
           chunks(ceil_div(w.in, w.chunk)) {}
 };
+
+// Whether a weight's numbers are those of one that has a kernel, apart from the chunk.
+inline bool is_possible(const LbcWeight &w) {
+    int64_t elements = 1;
+    for (int64_t size : {w.out, w.in, w.kh, w.kw}) {
+        if (size < 1 || size > most_elements / elements) return false;
+        elements *= size;
+    }
+    if (w.m != 4 && w.m != 8 && w.m != 16 && w.m != 32) return false;
+    if (w.n < 1 || w.n >= w.m || w.in % w.m) return false;
+    return (w.vector == 1 || w.vector == 16 || w.vector == 32) && (w.half == 0 || w.half == 1);
+}
+
+// Whether they are such that lbc_plan could have given them.
+inline bool is_planned(const LbcWeight &w) {
+    if (!is_possible(w) || w.chunk < 1 || w.chunk > most_chunk) return false;
+    const int64_t step = Layout(w).step;
+    return w.chunk % step == 0 && w.chunk <= ceil_div(w.in, step) * step;
+}
 
 // Input channels of a chunk, rounded up to whole steps.
 inline int64_t chunk_channels(const LbcWeight &w, const Layout &l, int64_t chunk) {

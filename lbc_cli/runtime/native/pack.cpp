@@ -85,11 +85,13 @@ int64_t each_group(const LbcWeight &w, F &&f) {
 using namespace lbc;
 
 extern "C" int64_t lbc_values(const LbcWeight *w) {
+    if (!is_planned(*w)) return -1;
     const Layout l(*w);
     return all_slots(*w, l) * l.blocks * l.block;
 }
 
 extern "C" int64_t lbc_index_bytes(const LbcWeight *w) {
+    if (!is_planned(*w)) return -1;
     const Layout l(*w);
     return all_slots(*w, l) * l.blocks * index_stride(*w, l);
 }
