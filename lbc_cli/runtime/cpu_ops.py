@@ -179,7 +179,13 @@ def check_status(failed: int) -> None:
 def shaped(
     packing: Packing, geometry: tuple[int, ...], shape: Sequence[int], strides: Sequence[int]
 ) -> tuple[library.Call, tuple[int, ...]]:
-    """A call's numbers, all but pointers, for inputs of a shape and strides; and the shape of the result."""
+    """A call's numbers, all but pointers, for inputs of a shape and strides; and the shape of the result.
+
+    Raises:
+        ValueError: if the shape is none that the layer takes.
+    """
+    if len(shape) != 4 or shape[1] != packing.inputs:
+        raise ValueError(f"the input is {list(shape)}: [n, {packing.inputs}, h, w] is needed")
     images, _, height, width = shape
     size = output_size(height, width, packing, geometry)
     if min(size) < 1:
@@ -197,7 +203,7 @@ def _check(
     x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, packing: Packing, sizes: tuple[int, int]
 ) -> None:
     """Kernels read where the numbers say: nothing but this keeps them inside their tensors."""
-    if x.dtype != FLOAT or x.dim() != 4 or x.shape[1] != packing.inputs:
+    if x.dtype != FLOAT or x.dim() != 4:
         raise ValueError(f"the input is {x.dtype} {list(x.shape)}: float32 [n, {packing.inputs}, h, w] is needed")
     if (values.numel(), index.numel()) != sizes or values.dtype != (torch.bfloat16 if packing.half else FLOAT):
         raise ValueError(f"the packed weight has {values.numel()} values and {index.numel()} bytes: {sizes} are needed")

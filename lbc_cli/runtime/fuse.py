@@ -8,8 +8,10 @@ graph
     sparse layer -> sum -> ReLU    both
 
 where nothing else reads what is replaced, where both terms of the sum have one shape and dtype, and where nothing is
-computed between the layer and the sum: what a residual holds is then the same at both places. Identities and dropout,
-which do nothing in eval mode, go away. Sparse layers give the values of the unfused model, bit for bit.
+computed between the layer and the sum: what a residual holds is then the same at both places. Nothing is removed as
+dead: torch.fx takes an operation in place whose result nobody names for dead. It also takes `x += y` for `x = x + y`,
+so that a model that relies on the difference is found by its result on the sample, and left unfused. Identities and
+dropout, which do nothing in eval mode, go away. Sparse layers give the values of the unfused model, bit for bit.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ from lbc_cli.runtime.cpu_layers import CpuLayer
 from lbc_cli.runtime.segments import segment
 
 _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+_IN_PLACE = (operator.iadd, "add_")
 _RELUS = (functional.relu, torch.relu, torch.relu_, "relu", "relu_")
 _NOTE = "_lbc_fusion"
 _ATTRIBUTES = ("pretrained_cfg", "default_cfg", "num_classes", "num_features")
@@ -75,25 +79,44 @@ def fuse(model: nn.Module, sample: Tensor) -> tuple[nn.Module, Fusion]:
     Returns:
         A model of the same call, and what was done; the model itself where it cannot be traced.
     """
-    try:
-        graph = _Tracer().trace(model)
-        traced = fx.GraphModule(model, graph, type(model).__name__)
-        with torch.inference_mode():
+    with torch.inference_mode():
+        expected = model(sample)
+        try:
+            traced = fx.GraphModule(model, _Tracer().trace(model), type(model).__name__)
             ShapeProp(traced).propagate(sample)
-    except Exception as error:  # tracing runs the model's own code, which may raise anything
-        first = " ".join(str(error).split())[:200]
-        return model, Fusion(reason=f"torch.fx cannot trace {type(model).__name__}: {first}")
-    _drop_identities(traced)
-    sums = sum([_fuse_sum(traced, node) for node in _layers(traced, (CpuLayer,))])
-    relus = sum([_fuse_relu(traced, node) for node in _layers(traced, (CpuLayer, PackedLayer))])
-    traced.graph.eliminate_dead_code()
-    segments = segment(traced)
-    traced.graph.lint()
-    traced.recompile()
+        except Exception as error:  # tracing runs the model's own code, which may raise anything
+            first = " ".join(str(error).split())[:200]
+            return model, Fusion(reason=f"torch.fx cannot trace {type(model).__name__}: {first}")
+        done = _rewrite(traced)
+        if not _same(traced(sample), expected):
+            for layer in model.modules():
+                if isinstance(layer, CpuLayer | PackedLayer):
+                    layer.relu = False
+            return model, Fusion(reason=f"torch.fx traces {type(model).__name__} to a graph that gives other results")
     for name in _ATTRIBUTES:
         if hasattr(model, name):
             setattr(traced, name, getattr(model, name))
-    return traced.eval(), Fusion(relus, sums, segments)
+    return traced.eval(), done
+
+
+def _rewrite(traced: fx.GraphModule) -> Fusion:
+    _drop_identities(traced)
+    sums = sum([_fuse_sum(traced, node) for node in _layers(traced, (CpuLayer,))])
+    relus = sum([_fuse_relu(traced, node) for node in _layers(traced, (CpuLayer, PackedLayer))])
+    segments = segment(traced)
+    traced.graph.lint()
+    traced.recompile()
+    return Fusion(relus, sums, segments)
+
+
+def _same(found: Any, expected: Any) -> bool:
+    """Whether two results agree to rounding: dense layers may sum in another order once they are packed."""
+    if isinstance(expected, list | tuple):
+        return len(found) == len(expected) and all(map(_same, found, expected))
+    if not isinstance(expected, Tensor):
+        return bool(found == expected)
+    limit = _TOLERANCE[expected.dtype] * float(expected.abs().max())
+    return found.shape == expected.shape and bool((found - expected).abs().max() <= limit)
 
 
 def note_fusion(model: nn.Module, done: Fusion) -> None:
@@ -137,10 +160,17 @@ def _fuse_sum(traced: fx.GraphModule, layer: fx.Node) -> bool:
     other = terms[0] if terms[1] is layer else terms[1]
     if other is layer or not isinstance(other, fx.Node) or _kind(other) != _kind(layer):
         return False
+    if sum_node.target in _IN_PLACE and other is terms[0] and not _is_free(traced, other):
+        return False
     layer.args = (layer.args[0], other)
     sum_node.replace_all_uses_with(layer)
     traced.graph.erase_node(sum_node)
     return True
+
+
+def _is_free(traced: fx.GraphModule, term: fx.Node) -> bool:
+    """Whether nobody would notice that a sum no longer writes into this term: a layer's own result, read once."""
+    return isinstance(_module(traced, term), CpuLayer | PackedLayer) and len(term.users) == 1
 
 
 def _fuse_relu(traced: fx.GraphModule, layer: fx.Node) -> bool:

@@ -219,7 +219,8 @@ def _replace(traced: fx.GraphModule, run: Sequence[fx.Node], name: str) -> None:
         node.replace_all_uses_with(whole if len(leaving) == 1 else part)
     for node in reversed(run):
         traced.graph.erase_node(node)
-    traced.graph.eliminate_dead_code()
+    for part in [node for node in parts if not node.users]:
+        traced.graph.erase_node(part)
     traced.delete_all_unused_submodules()
 
 
