@@ -188,7 +188,7 @@ def shaped(
         raise ValueError(f"the input is {list(shape)}: [n, {packing.inputs}, h, w] is needed")
     images, _, height, width = shape
     size = output_size(height, width, packing, geometry)
-    if min(size) < 1:
+    if min(size) < (1 if height and width else 0):
         raise ValueError(f"images of {height} x {width} are smaller than the kernel {packing.kh} x {packing.kw}")
     image, _, row, pixel = strides
     rows, columns = size
