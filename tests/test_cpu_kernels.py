@@ -518,6 +518,25 @@ def test_numbers_without_a_kernel_are_refused(numbers: dict[str, Any]) -> None:
 # The operator.
 
 
+def test_huge_steps_see_one_pixel(isa: str) -> None:
+    """As in dense convolutions, where they are as pointless."""
+    weight = sparse_weight((16, 16, 3, 3), 2, 4, 1, seed=0)
+    x = torch.randn(2, 16, 4, 5, generator=torch.Generator().manual_seed(0))
+    far = 2**31 - 1
+    for stride in ((far, far), (far, 1), (7, far), (2**29 - 1, 2**29 + 1)):  # the last: 2^64 bytes of input
+        around = walk(stride, zeros=(2, 2, 2, 2))
+        assert error(run(x, packed(weight, 2, 4), around), convolve(x.numpy(), weight, around)) <= 1e-5
+
+
+def test_a_copy_that_no_memory_holds_is_an_error(isa: str) -> None:
+    """The zeros around an image are copied; their number may overflow any integer: 2^62 pixels here."""
+    layer = packed(sparse_weight((16, 16, 2, 2), 2, 4, 1, seed=0), 2, 4)
+    run(torch.randn(1, 16, 3, 3), layer, walk(zeros=(1, 1, 1, 1)))  # leaves some room behind
+    for far in (2**30, 2**31 - 1):
+        with pytest.raises(MemoryError):
+            run(torch.randn(1, 16, 1, 1), layer, walk((1, 1), (far, far), (far, far, 0, 0)))
+
+
 @pytest.mark.parametrize("half", [False, True])
 def test_torch_checks_the_operator(half: bool) -> None:
     weight = torch.from_numpy(sparse_weight((20, 16, 3, 3), 2, 4, 1, seed=0))

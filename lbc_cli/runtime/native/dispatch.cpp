@@ -23,6 +23,7 @@ constexpr int64_t band_bytes = 384 * 1024;     // input and output of a band
 constexpr int64_t group_bytes = 256 * 1024;    // weights that are used for all tiles of a band in turn
 constexpr int64_t conflict = 4096;             // bytes between pixels that meet in one set of the first-level cache
 constexpr size_t values_ahead = 2048;          // bytes that are asked for ahead of a group's first use
+constexpr double most_floats = 1e15;           // no machine has room for more: that many do not overflow
 constexpr int64_t small_work = 1 << 15;        // register-wide products that are not worth a second thread
 
 const Isa *isa_of(int64_t number) {
@@ -84,7 +85,8 @@ struct Plan {
         if (is_flat()) flatten();
         const bool padded = c.pad_top || c.pad_left || reach(c.out_h, c.stride_h, w.kh, c.dilation_h) > c.in_h ||
                             reach(c.out_w, c.stride_w, w.kw, c.dilation_w) > c.in_w;
-        copies = padded || channels != w.in || c.x_pixel * c.stride_w * (int64_t)sizeof(float) % conflict == 0;
+        const uint64_t distance = (uint64_t)c.x_pixel * (uint64_t)c.stride_w * sizeof(float);
+        copies = padded || channels != w.in || distance % conflict == 0;
         cut();
     }
 
@@ -138,7 +140,8 @@ struct Plan {
     }
 
     void cut_bands(int64_t parts) {
-        const int64_t pixel_bytes = (w.in * c.stride_h * c.stride_w + w.out) * (int64_t)sizeof(float);
+        const int64_t inputs = std::min(c.stride_h, c.in_h) * std::min(c.stride_w, c.in_w);  // of an output pixel
+        const int64_t pixel_bytes = (w.in * inputs + w.out) * (int64_t)sizeof(float);
         if (c.images == 1 && c.out_h == 1) {
             const int64_t tile = 2 * kernel.run;
             int64_t most = std::max(band_bytes / pixel_bytes / tile * tile, tile);
@@ -181,6 +184,7 @@ const float *copy_band(const Plan &plan, int64_t image, int64_t top, int64_t lef
     const int64_t rows = skips ? band.rows : Plan::reach(band.rows, c.stride_h, w.kh, c.dilation_h);
     const int64_t cols = skips ? band.width : Plan::reach(band.width, c.stride_w, w.kw, c.dilation_w);
     const int64_t pixel = plan.channels + 16;  // an odd number of lines: neighbours lie in different sets
+    if ((double)rows * (double)cols * (double)pixel > most_floats) return nullptr;
     float *room = scratch((size_t)(rows * cols * pixel));
     if (!room) return nullptr;
     const float *from = c.x + image * c.x_image;
