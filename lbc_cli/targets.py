@@ -217,6 +217,12 @@ def find_targets(model: nn.Module, pattern: Pattern | None, layers: Mapping[str,
     return Selection(targets, skipped)
 
 
+def matching(model: nn.Module, globs: Iterable[str]) -> set[str]:
+    """Names of the parameters with two or more dimensions that a glob names, as in `layers` of `find_targets`."""
+    wanted = list(globs)
+    return {weight.name for weight in _weights(unwrap(model)) if any(weight.matches(glob) for glob in wanted)}
+
+
 def _clean_inner(name: str) -> str:
     for prefix in _INNER_PREFIXES:
         name = name.replace(prefix, "")

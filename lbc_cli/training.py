@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lbc_cli import accounting, checkpoint, data, distill, flops, models, runs, weights
+from lbc_cli import accounting, allocation, checkpoint, data, distill, flops, models, runs, weights
 from lbc_cli.engine import FitResult, FitSettings, NullReporter, Reporter, fit, make_deterministic
 from lbc_cli.environment import describe_environment
 from lbc_cli.errors import CheckpointError, ModelError, OutputError, UsageError, VerificationError
@@ -28,27 +28,30 @@ from lbc_cli.methods import METHODS, Pruner, attach
 from lbc_cli.optim import Scheduler, make_optimizer, make_scheduler, updates_per_epoch
 from lbc_cli.patterns import Pattern
 from lbc_cli.recipe import ResolvedRecipe, resolve
-from lbc_cli.recipe.load import with_values
 from lbc_cli.runs import MetricsLog, RunFolder
+from lbc_cli.smoke import GENERATED
 from lbc_cli.tasks import Task, make_task
 from lbc_cli.verifier import Report, verify
 
-GENERATED = "generated"
-_SMOKE_EPOCHS = 4
-_REPLACED = ("data.source", "distill.teacher", "distill.model")  # a smoke run has others, and says so
 # Time and memory differ from run to run: they stay out of the checkpoint, so that equal runs give equal bytes.
 _MEASURED = frozenset({"seconds", "images_per_second", "data_wait", "memory"})
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A run that is ready to begin."""
+    """A run that is ready to begin.
+
+    Attributes:
+        resolved: the recipe, with the layers that a budget has chosen.
+        cost: parameters and multiply-adds of the dense model at the run's image size.
+    """
 
     resolved: ResolvedRecipe
     device: torch.device
     source: data.DataSource
     loaders: data.Loaders
     model: nn.Module
+    cost: flops.Cost
     optimizer: Optimizer
     scheduler: Scheduler
     pruner: Pruner
@@ -57,9 +60,18 @@ class Job:
 
     @property
     def pattern(self) -> Pattern | None:
-        """The pattern asked for, single layers may have another; None for methods without one."""
+        """The pattern asked for, single layers may have another; None for methods without one and under a budget."""
         sparsity = self.resolved.recipe.sparsity
-        return Pattern.parse(sparsity.pattern, sparsity.vector) if self.sparse and self.structured else None
+        if self.budget or not (self.sparse and self.structured):
+            return None
+        return Pattern.parse(sparsity.pattern, sparsity.vector)
+
+    @property
+    def budget(self) -> str:
+        """The budget that chose the patterns, as "flops 0.25"; "" without one."""
+        budget = self.resolved.recipe.sparsity.budget
+        found = {"flops": budget.flops, "params": budget.params}
+        return next((f"{kind} {share:g}" for kind, share in found.items() if share), "")
 
     @property
     def sparse(self) -> bool:
@@ -83,6 +95,8 @@ class Job:
         name = f"{self.resolved.recipe.model.name} · {self.pruner.method}"
         if self.sparsity is not None:
             return f"{name}, sparsity {self.sparsity:g}"
+        if self.budget:
+            return f"{name}, {self.budget}"
         return name if self.pattern is None else f"{name} {self.pattern}"
 
     @property
@@ -90,12 +104,8 @@ class Job:
         """Where the run goes unless the user says so."""
         model = self.resolved.recipe.model.name
         pattern = self.pattern if self.sparsity is None else f"s{self.sparsity:g}"
+        pattern = self.budget.replace(" ", "") or pattern
         return runs.default_name(model, self.pruner.method, pattern)
-
-    def count(self) -> flops.Cost:
-        """Parameters and multiply-adds of the dense model at the run's image size."""
-        pixels = self.loaders.pixels
-        return flops.count(self.model, (pixels.channels, pixels.height, pixels.width))
 
     @property
     def teacher_macs(self) -> int:
@@ -104,7 +114,7 @@ class Job:
 
     def planned_account(self) -> accounting.Account:
         """What the run will cost on paper."""
-        return accounting.planned(self.count(), self.pruner, teacher_macs=self.teacher_macs)
+        return accounting.planned(self.cost, self.pruner, teacher_macs=self.teacher_macs)
 
     @property
     def images(self) -> int:
@@ -149,48 +159,6 @@ class Outcome:
     account: accounting.Account
     memory: Mapping[str, int]
     seconds: float
-
-
-def smoke(resolved: ResolvedRecipe) -> ResolvedRecipe:
-    """The same recipe cut down to seconds: generated images, a few epochs that pass every phase of the method.
-
-    Raises:
-        UsageError: if the command line asks for something else than a smoke run can give.
-    """
-    recipe = resolved.recipe
-    values: dict[str, Any] = {
-        "data.source": GENERATED,
-        "data.root": "",
-        "data.download": False,
-        "data.class_map": "",
-        "data.batch_size": 8,
-        "data.workers": 0,
-        "data.image_size": 32 if recipe.data.image_size in range(1, 65) else 64,
-        "train.epochs": _SMOKE_EPOCHS,
-        "train.eval_every": 1,
-        "train.save_every": 1,
-        "train.accumulate": 1,
-        "schedule.warmup_epochs": min(1, recipe.schedule.warmup_epochs),
-        "schedule.decay_milestones": [2] if recipe.schedule.name == "multistep" else [],
-        "schedule.decay_epochs": 2 if recipe.schedule.name == "step" else recipe.schedule.decay_epochs,
-        "augment.mixup_off_epoch": min(2, recipe.augment.mixup_off_epoch),
-        "distill.teacher": distill.GENERATED if recipe.distill.teacher else "",
-        "distill.model": "",
-    }
-    options = {key: value for key, value in recipe.method.items() if key != "name"}
-    short = METHODS[recipe.method["name"]].options.model_validate(options).shortened(_SMOKE_EPOCHS)
-    values |= {f"method.{key}": value for key, value in short.items()}
-    for key, value in values.items():
-        origin = resolved.provenance.get(key, "")
-        if origin.startswith("--") and key not in _REPLACED and _value(resolved, key) != value:
-            raise UsageError(f"--smoke sets {key} = {value!r} itself: drop it from {origin}, or run without --smoke")
-    return with_values(resolved, values, "--smoke")
-
-
-def _value(resolved: ResolvedRecipe, key: str) -> Any:
-    table, name = key.split(".")
-    values: dict[str, Any] = resolved.recipe.model_dump()[table]
-    return values.get(name)
 
 
 def choose_device(name: str) -> torch.device:
@@ -242,21 +210,9 @@ def prepare(resolved: ResolvedRecipe, progress: Callable[[int], None] = lambda c
         device=device,
         seed=recipe.train.seed,
     )
-    epochs = recipe.train.epochs
+    cost = _count(model, loaders.pixels, recipe.model.name)
+    resolved = allocation.with_allocation(resolved, model, cost)
     updates = updates_per_epoch(len(loaders.train), recipe.train.accumulate)
-    scheduler = make_scheduler(optimizer, recipe.schedule, epochs, updates)
-    options = {key: value for key, value in recipe.method.items() if key != "name" and value is not None}
-    pruner = attach(
-        model,
-        optimizer,
-        pattern=recipe.sparsity.pattern or None,
-        vector=recipe.sparsity.vector,
-        layers=recipe.sparsity.layers,
-        method=recipe.method["name"],
-        epochs=epochs,
-        **options,
-    )
-    settings = FitSettings.of(recipe.train, device)
     task = distill.distilled(
         make_task(recipe),
         recipe.distill,
@@ -267,23 +223,46 @@ def prepare(resolved: ResolvedRecipe, progress: Callable[[int], None] = lambda c
         device=device,
         channels_last=recipe.train.channels_last,
     )
-    job = Job(resolved, device, source, loaders, model, optimizer, scheduler, pruner, task, settings)
-    _check_runs(job)
-    return job
+    return Job(
+        resolved=resolved,
+        device=device,
+        source=source,
+        loaders=loaders,
+        model=model,
+        cost=cost,
+        optimizer=optimizer,
+        scheduler=make_scheduler(optimizer, recipe.schedule, recipe.train.epochs, updates),
+        pruner=_attach(resolved, model, optimizer),
+        task=task,
+        settings=FitSettings.of(recipe.train, device),
+    )
 
 
-def _check_runs(job: Job) -> None:
+def _attach(resolved: ResolvedRecipe, model: nn.Module, optimizer: Optimizer) -> Pruner:
+    recipe = resolved.recipe
+    options = {key: value for key, value in recipe.method.items() if key != "name" and value is not None}
+    return attach(
+        model,
+        optimizer,
+        pattern=recipe.sparsity.pattern or None,
+        vector=recipe.sparsity.vector,
+        layers=recipe.sparsity.layers,
+        method=recipe.method["name"],
+        epochs=recipe.train.epochs,
+        **options,
+    )
+
+
+def _count(model: nn.Module, pixels: data.Pixels, name: str) -> flops.Cost:
     """Pass one image through a copy of the model without memory, before anything is written.
 
     Raises:
         ModelError: if the model cannot run on images of this size.
     """
     try:
-        job.count()
+        return flops.count(model, (pixels.channels, pixels.height, pixels.width))
     except ModelError as error:
-        raise ModelError(
-            f"{error}; set data.image_size to a size that {job.resolved.recipe.model.name} takes"
-        ) from error
+        raise ModelError(f"{error}; set data.image_size to a size that {name} takes") from error
 
 
 def _open(resolved: ResolvedRecipe, progress: Callable[[int], None]) -> data.DataSource:
@@ -329,7 +308,7 @@ class _Recorder:
     """
 
     def __init__(self, log: MetricsLog, inner: Reporter, job: Job) -> None:
-        self._log, self._inner, self._pruner, self._cost = log, inner, job.pruner, job.count()
+        self._log, self._inner, self._pruner, self._cost = log, inner, job.pruner, job.cost
         self._teacher_macs = job.teacher_macs
         self.memory: dict[str, int] = {}
 
@@ -455,6 +434,7 @@ def summary(job: Job, outcome: Outcome) -> dict[str, Any]:
         "method": job.pruner.method,
         "pattern": None if job.pattern is None else str(job.pattern),
         "sparsity": job.sparsity,
+        "budget": job.budget or None,
         "data": job.source.name,
         "seed": job.settings.seed,
         "epochs": job.settings.epochs,

@@ -118,7 +118,7 @@ def test_a_run_notes_what_its_epochs_cost_and_its_summary_their_mean(tmp_path: P
     job = training.prepare(resolve("digits", overrides=sets, flags=flags))
     folder = RunFolder.create(tmp_path / "run")
     outcome = training.run(job, folder)
-    cost = job.count()
+    cost = job.cost
     sparse = sum(cost.macs[target.name] for target in job.pruner.targets) / cost.total_macs
     alive = [4, 2, 1, 1]
     expected = [1 - sparse + sparse * (2 * k / 4 + 1) / 3 for k in alive]

@@ -13,6 +13,7 @@ from lbc_cli.bench import StepSetup, train_bench
 from lbc_cli.methods import attach
 from lbc_cli.recipe import resolve
 from lbc_cli.runs import RunFolder
+from lbc_cli.smoke import smoke
 from tests.test_methods import EPOCHS, LAYERS, batches, network
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -69,7 +70,7 @@ def test_a_whole_run_in_bfloat16(compiled: bool, tmp_path: Path) -> None:
         f"train.compile={str(compiled).lower()}",
     ]
     flags = {"model.name": "test_resnet", "data.source": "digits", "train.device": "cuda"}
-    job = training.prepare(training.smoke(resolve("digits", overrides=overrides, flags=flags)))
+    job = training.prepare(smoke(resolve("digits", overrides=overrides, flags=flags)))
     outcome = training.run(job, RunFolder.create(tmp_path / "run"))
     assert outcome.report.ok
     assert outcome.ema_report is not None

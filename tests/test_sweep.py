@@ -264,6 +264,14 @@ def test_a_run_of_a_sweep_is_the_run_of_its_recipe(write: Write, tmp_path: Path)
     assert all(torch.equal(mine[name], other[name]) for name in mine)
 
 
+def test_patterns_that_a_budget_chose_are_no_change(write: Write, tmp_path: Path) -> None:
+    path = write("sparsity.budget.params = [0.3]")
+    assert run_sweep(path).exit_code == 0
+    states = json.loads(run_sweep(path, "--dry-run", "--json").stdout)
+    assert states["params0.3"]["state"] == "done"
+    assert "allocated = true" in (tmp_path / "all" / "params0.3" / "recipe.toml").read_text()
+
+
 def test_a_failing_run_does_not_stop_the_rest(write: Write, tmp_path: Path) -> None:
     result = run_sweep(write('patterns = ["2:31", "2:4"]\nseeds = [0]'))
     assert result.exit_code == 1

@@ -13,15 +13,16 @@ from lbc_cli.errors import CheckpointError, ModelError, OutputError, RecipeError
 from lbc_cli.recipe import resolve
 from lbc_cli.recipe.load import with_values
 from lbc_cli.runs import RunFolder
+from lbc_cli.smoke import smoke
 
 
 def job(*overrides: str, **flags: Any) -> training.Job:
     base = {"model.name": "test_resnet", "data.source": "digits"}
-    return training.prepare(training.smoke(resolve("digits", overrides=overrides, flags={**base, **flags})))
+    return training.prepare(smoke(resolve("digits", overrides=overrides, flags={**base, **flags})))
 
 
 def test_smoke_passes_every_phase_of_the_schedule_and_says_where_its_values_come_from() -> None:
-    smoked = training.smoke(resolve("imagenet-deit-small", flags={"model.name": "test_vit", "data.source": "digits"}))
+    smoked = smoke(resolve("imagenet-deit-small", flags={"model.name": "test_vit", "data.source": "digits"}))
     assert smoked.provenance["train.epochs"] == smoked.provenance["method.t_f"] == "--smoke"
     assert smoked.recipe.augment.mixup == 0.8  # what it is made of stays
     pruner = training.prepare(smoked).pruner
@@ -34,10 +35,10 @@ def test_smoke_passes_every_phase_of_the_schedule_and_says_where_its_values_come
 def test_smoke_refuses_what_it_would_have_to_ignore() -> None:
     base = {"model.name": "test_resnet", "data.source": "digits"}
     with pytest.raises(UsageError, match=r"--smoke sets train.epochs = 4 itself: drop it from --epochs"):
-        training.smoke(resolve("digits", flags={**base, "train.epochs": 9}))
+        smoke(resolve("digits", flags={**base, "train.epochs": 9}))
     with pytest.raises(UsageError, match=r"data.batch_size"):
-        training.smoke(resolve("digits", overrides=["data.batch_size=3"], flags=base))
-    assert training.smoke(resolve("digits", flags={**base, "train.epochs": 4})).recipe.train.epochs == 4
+        smoke(resolve("digits", overrides=["data.batch_size=3"], flags=base))
+    assert smoke(resolve("digits", flags={**base, "train.epochs": 4})).recipe.train.epochs == 4
 
 
 def test_values_replaced_in_a_resolved_recipe_are_checked() -> None:

@@ -104,7 +104,7 @@ def _resolve(
     resolved = resolve(recipe, overrides=overrides, flags=flags)
     if not smoke:
         return resolved
-    from lbc_cli.training import smoke as smoked
+    from lbc_cli.smoke import smoke as smoked
 
     console.info("smoke run: a few epochs on generated images, whatever the data and the teacher")
     return smoked(resolved)

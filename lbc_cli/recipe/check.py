@@ -200,11 +200,15 @@ def _field(model: type[BaseModel], path: KeyPath) -> FieldInfo | None:
 
 def _tables() -> dict[str, list[str]]:
     """Table -> its keys; "" for those outside tables."""
-    tables = {"": [*Recipe.model_fields, "extends"]}
-    for name, field in Recipe.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            tables[name] = list(field.annotation.model_fields)
-    return tables
+    return {"": [*Recipe.model_fields, "extends"], **dict(_tables_below(Recipe, ()))}
+
+
+def _tables_below(model: type[BaseModel], path: KeyPath) -> Iterator[tuple[str, list[str]]]:
+    for name, field in model.model_fields.items():
+        below = field.annotation
+        if isinstance(below, type) and issubclass(below, BaseModel):
+            yield dotted((*path, name)), list(below.model_fields)
+            yield from _tables_below(below, (*path, name))
 
 
 def _keys_at(path: KeyPath) -> list[str]:

@@ -12,7 +12,8 @@ from lbc_cli.recipe.check import validate
 from lbc_cli.recipe.command import command_layer
 from lbc_cli.recipe.emit import printable, provenance, toml_text
 from lbc_cli.recipe.files import Chain, read_chain, short_label
-from lbc_cli.recipe.layers import Layer, merge
+from lbc_cli.recipe.layers import Layer, leaves, merge
+from lbc_cli.recipe.lines import dotted
 from lbc_cli.recipe.schema import Recipe
 
 
@@ -116,7 +117,8 @@ def with_values(resolved: ResolvedRecipe, values: Mapping[str, Any], origin: str
 
     Args:
         resolved: a sound recipe.
-        values: dotted key -> value; keys that the recipe has.
+        values: dotted key -> value; keys that the recipe has. Of a table, entries that stay as they were keep their
+            origin.
         origin: where the new values come from, for the provenance.
 
     Raises:
@@ -132,4 +134,20 @@ def with_values(resolved: ResolvedRecipe, values: Mapping[str, Any], origin: str
     recipe, problems = validate(Layer(values=tables))
     if problems:
         raise RecipeError([str(problem) for problem in problems])
-    return replace(resolved, recipe=recipe, provenance={**resolved.provenance, **dict.fromkeys(values, origin)})
+    return replace(resolved, recipe=recipe, provenance=_provenance_with(resolved, values, origin))
+
+
+def _provenance_with(resolved: ResolvedRecipe, values: Mapping[str, Any], origin: str) -> dict[str, str]:
+    known = dict(resolved.provenance)
+    before = {dotted(path): value for path, value in leaves(resolved.recipe.model_dump())}
+    for key, value in values.items():
+        if not isinstance(value, dict):
+            known[key] = origin
+            continue
+        for name in [name for name in known if name == key or name.startswith(f"{key}.")]:
+            del known[name]
+        for path, leaf in leaves(value, tuple(key.split("."))):
+            name = dotted(path)
+            kept = name in before and before[name] == leaf and name in resolved.provenance
+            known[name] = resolved.provenance[name] if kept else origin
+    return known

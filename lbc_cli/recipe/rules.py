@@ -87,6 +87,29 @@ def _as_much(text: str) -> str:
         return ""
 
 
+def _budget(recipe: Recipe) -> Iterator[Finding]:
+    from lbc_cli.methods import METHODS  # loads torch
+    from lbc_cli.patterns import Pattern
+
+    table, budget = ("sparsity", "budget"), recipe.sparsity.budget
+    name = recipe.method.get("name")
+    if budget.flops and budget.params:
+        yield Finding(((*table, "flops"), (*table, "params")), "flops and params exclude each other: keep one budget")
+    if not (budget.flops or budget.params):
+        if budget.allocated:
+            yield Finding(((*table, "allocated"),), "there is no budget that chose: set flops or params, or drop it")
+        return
+    if name in METHODS and not (METHODS[name].sparse and METHODS[name].structured):
+        yield Finding((table, ("method", "name")), f"method {name} takes no patterns: a budget does not apply to it")
+    if not set(budget.patterns) - {DENSE}:
+        yield Finding(((*table, "patterns"),), f'{budget.patterns}: name at least one pattern, such as "2:4"')
+    for text in budget.patterns:
+        try:
+            text == DENSE or Pattern.parse(text, recipe.sparsity.vector)
+        except PatternError as error:
+            yield Finding(((*table, "patterns"),), f'{error}; or "dense"')
+
+
 def _warm_up(recipe: Recipe) -> Iterator[Finding]:
     epochs, warm_up = recipe.train.epochs, recipe.schedule.warmup_epochs
     if warm_up >= epochs:
@@ -168,6 +191,7 @@ def _flat(value: Any) -> Iterator[Any]:
 
 _RULES: tuple[Callable[[Recipe], Iterator[Finding]], ...] = (
     _patterns,
+    _budget,
     _warm_up,
     _milestones,
     _mixing,

@@ -42,6 +42,23 @@ class Model(Table):
         return self
 
 
+class Budget(Table):
+    """What the whole model may cost, for patterns that differ from layer to layer; one of the two, or none."""
+
+    flops: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="kept share of the model's multiply-adds, stem and classifier included; 0: no budget"
+    )
+    params: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="kept share of the model's parameters; 0: no budget"
+    )
+    patterns: list[str] = Field(
+        default=["2:4", "1:4", "1:8", "1:16"], description='what a layer may take; "dense" may be among them'
+    )
+    allocated: bool = Field(
+        default=False, description="whether sparsity.layers is what the budget chose; a run writes it into its recipe"
+    )
+
+
 class Sparsity(Table):
     """The N:M pattern and where it applies. Unstructured methods have none: their `method.sparsity` takes its place."""
 
@@ -55,6 +72,7 @@ class Sparsity(Table):
         description='glob over layer names -> "N:M", "N:M/V" or "dense", "sparse" or "dense" for unstructured methods; '
         "the last glob that matches wins",
     )
+    budget: Budget = Field(default_factory=Budget)
 
 
 class Distill(Table):

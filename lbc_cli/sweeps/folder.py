@@ -110,7 +110,9 @@ class SweepFolder:
         folder = self.run(run)
         if not folder.recipe.is_file():
             return ""
-        there, wanted = _values(resolve(folder.recipe).recipe), _values(run.resolved.recipe)
+        found = resolve(folder.recipe).recipe
+        chosen = found.sparsity.budget.allocated and not run.resolved.recipe.sparsity.budget.allocated
+        there, wanted = (_values(recipe, chosen) for recipe in (found, run.resolved.recipe))
         for key in sorted(there.keys() | wanted.keys()):
             if there.get(key) != wanted.get(key):
                 return f"{folder.path} was run with {key} = {there.get(key)!r}, the sweep has {wanted.get(key)!r}"
@@ -220,14 +222,17 @@ def is_done(folder: RunFolder) -> bool:
         return False
 
 
-def _values(recipe: Recipe) -> dict[str, Any]:
-    """Dotted key -> value, but for the description, which changes nothing."""
+def _values(recipe: Recipe, chosen: bool) -> dict[str, Any]:
+    """Dotted key -> value, but for the description, which changes nothing, and for layers that a budget has chosen."""
     values: dict[str, Any] = {}
     for table, entries in recipe.model_dump(exclude={"description"}).items():
         if isinstance(entries, dict):
             values |= {f"{table}.{key}": value for key, value in entries.items()}
         else:
             values[table] = entries
+    if chosen:
+        del values["sparsity.layers"]
+        values["sparsity.budget"] = {**values["sparsity.budget"], "allocated": True}
     return values
 
 

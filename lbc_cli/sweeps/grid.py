@@ -41,7 +41,7 @@ from lbc_cli.recipe.files import Chain, read_chain
 from lbc_cli.recipe.layers import COMMAND_LINE, Layer, Origin
 from lbc_cli.recipe.lines import KeyPath, dotted, parse_key
 from lbc_cli.recipe.load import resolve_chain
-from lbc_cli.training import smoke as smoked
+from lbc_cli.smoke import smoke as smoked
 
 TABLE = "sweep"
 VARIANTS = "variants"
