@@ -174,9 +174,9 @@ def test_a_run_is_planned_trained_verified_and_resumed(method: str, tmp_path: Pa
     for counted in outcome.report.counted:
         weight = first.model.get_parameter(counted.name)
         assert counted.nonzeros == counted.claimed == int((weight != 0).sum()) <= weight.numel()
-    assert sum(layer.nonzeros for layer in outcome.report.counted) < 0.6 * sum(
-        target.weight.numel() for target in first.pruner.targets
-    )
+    if method in TOLD:
+        sizes = sum(target.weight.numel() for target in first.pruner.targets)
+        assert sum(layer.nonzeros for layer in outcome.report.counted) == pytest.approx(0.1 * sizes, abs=20)
     written = (tmp_path / "run" / "recipe.toml").read_text()
     assert 'pattern = ""' in written
     assert training.summary(first, outcome)["pattern"] is None

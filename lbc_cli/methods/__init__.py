@@ -21,6 +21,7 @@ from lbc_cli.methods.gmp import Gmp, GmpOptions
 from lbc_cli.methods.lbc import Lbc, LbcOptions
 from lbc_cli.methods.magnitude import Asp, AspOptions
 from lbc_cli.methods.rigl import RigL, RigLOptions
+from lbc_cli.methods.soft_threshold import SoftThreshold, SoftThresholdOptions
 from lbc_cli.methods.srste import SrSte, SrSteOptions
 from lbc_cli.patterns import Pattern
 from lbc_cli.targets import Selection, find_targets
@@ -56,6 +57,9 @@ METHODS: dict[str, MethodInfo] = {
     "asp": MethodInfo("magnitude mask once, then training under it", "NVIDIA 2021", AspOptions, Asp),
     "gmp": MethodInfo("remove the smallest weights, bit by bit", "2017", GmpOptions, Gmp, structured=False),
     "rigl": MethodInfo("drop by magnitude, grow by gradient", "ICML 2020", RigLOptions, RigL, structured=False),
+    "str": MethodInfo(
+        "a learnable soft threshold per layer", "ICML 2020", SoftThresholdOptions, SoftThreshold, structured=False
+    ),
     "dnw": MethodInfo("use the largest weights, train all", "NeurIPS 2019", DnwOptions, Dnw, structured=False),
 }
 

@@ -72,7 +72,7 @@ class Dnw(ShadowPruner):
 
     def _schedule(self, epoch: int) -> None:
         for target in self.targets:
-            check_finite(target.name, self.dense_of(target))
+            check_finite(f"weights of {target.name} are", self.dense_of(target))
         super()._schedule(epoch)
 
     def _redraw(self, target: Target, dense: Tensor) -> Tensor:

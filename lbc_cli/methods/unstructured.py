@@ -76,16 +76,18 @@ def largest(values: Tensor, count: int) -> Tensor:
     return above | (equal & (equal.cumsum(0) <= count - above.sum()))
 
 
-def check_finite(name: str, values: Tensor) -> None:
-    """Refuse to rank weights of a run that has diverged.
+def check_finite(what: str, values: Tensor) -> None:
+    """Refuse to go on with a run that has diverged.
+
+    Args:
+        what: for the message: "weights of fc.weight are".
+        values: all of them.
 
     Raises:
-        DivergenceError: if a weight is not finite.
+        DivergenceError: if one is not finite.
     """
     if not bool(values.isfinite().all()):
-        raise DivergenceError(
-            f"weights of {name} are not finite: training diverged; lower the learning rate or clip the gradients"
-        )
+        raise DivergenceError(f"{what} not finite: training diverged; lower the learning rate or clip the gradients")
 
 
 def magnitudes(target: Target, removed: Tensor | None) -> Tensor:
@@ -95,7 +97,7 @@ def magnitudes(target: Target, removed: Tensor | None) -> Tensor:
         DivergenceError: if a weight is not finite.
     """
     sizes = target.weight.detach().abs()
-    check_finite(target.name, sizes)
+    check_finite(f"weights of {target.name} are", sizes)
     return (sizes if removed is None else sizes.masked_fill(removed, -1)).flatten()
 
 
