@@ -30,6 +30,7 @@ def survivors(t: int, t_i: int, t_f: int, total: int, final: int, rounding: str)
     return final + math.ceil((total - final) * (1 - x) ** 3)
 
 
+@functools.cache
 def group_indices(shape: tuple[int, ...], m: int, v: int) -> Tensor:
     """Flat indices of every group of V x M weights, [G, V, M], ordered by (o, k, i), by plain loops."""
     out, inp, *kernel = shape
@@ -330,3 +331,101 @@ class PaperCriteria(PaperLbc):
             for j, subset in enumerate(layer.subsets):
                 self.taylor[name][:, j] += loss[:, :, list(subset)].sum(dim=(1, 2))
         super().step(lr, clip)
+
+
+class PaperMaskLlm:
+    """MaskLLM as autograd would have it: logits are parameters of torch's Adam, masks are made in the forward pass.
+
+    Args:
+        model: its parameters are the dense weights.
+        targets: parameter name -> (n, m, v).
+        make_optimizer: builds the optimizer of everything that is not frozen.
+        logits: name -> [G, C] to begin with.
+        frozen: whether the weights of the targets are.
+        hard: one-hot masks, gradient of the soft ones.
+        regularisation: lambda.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: dict[str, tuple[int, int, int]],
+        make_optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer],
+        logits: dict[str, Tensor],
+        *,
+        frozen: bool,
+        hard: bool,
+        regularisation: float,
+        mask_lr: float,
+    ) -> None:
+        self.model, self.targets, self.hard, self.regularisation = model, targets, hard, regularisation
+        self.weights = dict(model.named_parameters())
+        for name in targets:
+            self.weights[name].requires_grad_(not frozen)
+        self.optimizer = make_optimizer([p for p in self.weights.values() if p.requires_grad])
+        self.sign = -1.0 if self.optimizer.param_groups[0].get("maximize") else 1.0
+        self.logits = {name: nn.Parameter(value.clone()) for name, value in logits.items()}
+        self.mask_lr = mask_lr
+        self.adam = torch.optim.Adam(self.logits.values(), lr=mask_lr, betas=(0.9, 0.95), eps=1e-8)
+        self.final: dict[str, Tensor] = {}
+        self.noise: dict[str, Tensor] = {}
+        self.scale = self.temperature = 1.0
+
+    def members(self, name: str) -> Tensor:
+        """S, [C, M]."""
+        n, m, _ = self.targets[name]
+        rows = [[float(i in subset) for i in range(m)] for subset in itertools.combinations(range(m), n)]
+        return torch.tensor(rows, dtype=torch.float64)
+
+    def spread(self, name: str, mask: Tensor) -> Tensor:
+        """[G, M] over the weight."""
+        _, m, v = self.targets[name]
+        flat = torch.zeros(self.weights[name].numel(), dtype=torch.float64)
+        groups = group_indices(tuple(self.weights[name].shape), m, v)
+        return flat.index_put((groups,), mask[:, None].expand(groups.shape)).reshape(self.weights[name].shape)
+
+    def likely(self, name: str) -> Tensor:
+        """The mask of the largest logits."""
+        return self.spread(name, self.members(name)[self.logits[name].detach().argmax(dim=1)])
+
+    def fix(self) -> None:
+        self.final = {name: self.likely(name) for name in self.targets}
+
+    def effective(self) -> dict[str, Tensor]:
+        """What the forward pass multiplies by."""
+        return {name: self.one(name) if name in self.targets else weight for name, weight in self.weights.items()}
+
+    def one(self, name: str) -> Tensor:
+        if self.final:
+            return self.weights[name] * self.final[name]
+        choice = torch.softmax((self.logits[name] * self.scale + self.noise[name]) / self.temperature, dim=1)
+        if self.hard:
+            picked = nn.functional.one_hot(choice.argmax(dim=1), choice.shape[1]).double()
+            choice = picked - choice.detach() + choice
+        return self.weights[name] * self.spread(name, choice @ self.members(name))
+
+    def backward(self, loss_of: Callable[[Callable[..., Tensor]], Tensor]) -> None:
+        """Accumulate the gradients of one batch."""
+        effective = self.effective()
+        loss_of(lambda *inputs: torch.func.functional_call(self.model, effective, inputs)).backward()
+
+    def step(self, lr: float, peak: float) -> None:
+        """Update the logits, with the regulariser, and what trains; clear the gradients."""
+        if not self.final:
+            if self.sign < 0:
+                for value in self.logits.values():
+                    value.grad.neg_()
+            frozen = {name: p.detach() for name, p in self.weights.items()}
+            for name in self.targets:
+                masked = self.one(name) if not self.weights[name].requires_grad else None
+                if masked is None:
+                    kept, self.weights[name] = self.weights[name], frozen[name]
+                    masked = self.one(name)
+                    self.weights[name] = kept
+                (-self.regularisation * masked.square().sum()).backward()
+            self.adam.param_groups[0]["lr"] = self.mask_lr * lr / peak
+            self.adam.step()
+            self.adam.zero_grad()
+        self.optimizer.param_groups[0]["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()

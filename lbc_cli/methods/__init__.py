@@ -20,6 +20,7 @@ from lbc_cli.methods.dnw import Dnw, DnwOptions
 from lbc_cli.methods.gmp import Gmp, GmpOptions
 from lbc_cli.methods.lbc import Lbc, LbcOptions
 from lbc_cli.methods.magnitude import Asp, AspOptions
+from lbc_cli.methods.maskllm import MaskLlm, MaskLlmOptions
 from lbc_cli.methods.rigl import RigL, RigLOptions
 from lbc_cli.methods.soft_threshold import SoftThreshold, SoftThresholdOptions
 from lbc_cli.methods.srste import SrSte, SrSteOptions
@@ -54,6 +55,7 @@ METHODS: dict[str, MethodInfo] = {
     "lbc": MethodInfo("learn the best N of M combination by gradual removal", "NeurIPS 2022", LbcOptions, Lbc),
     "dense": MethodInfo("dense training, the baseline", "-", DenseOptions, Dense, sparse=False),
     "sr-ste": MethodInfo("magnitude mask at every step, dense weights behind it", "ICLR 2021", SrSteOptions, SrSte),
+    "maskllm": MethodInfo("learn a distribution over the N of M combinations", "NeurIPS 2024", MaskLlmOptions, MaskLlm),
     "asp": MethodInfo("magnitude mask once, then training under it", "NVIDIA 2021", AspOptions, Asp),
     "gmp": MethodInfo("remove the smallest weights, bit by bit", "2017", GmpOptions, Gmp, structured=False),
     "rigl": MethodInfo("drop by magnitude, grow by gradient", "ICML 2020", RigLOptions, RigL, structured=False),
