@@ -156,6 +156,18 @@ def test_help_says_how_unstructured_methods_are_told_how_much() -> None:
     assert "method.sparsity" in text
 
 
+@METHOD
+def test_a_training_step_is_measured_without_a_pattern(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lbc_cli.bench.training._peak_apart", lambda setup, name: None)  # a process of its own
+    command = ["bench", "test_resnet", "--train", "--method", method, "--batch", "2", "--image-size", "32"]
+    result = CliRunner().invoke(app, [*command, "--steps", "1", "--warmup", "0", "--json"])
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["title"] == f"test_resnet · {method}"
+    result = CliRunner().invoke(app, [*command, "--pattern", "2:4"])
+    assert result.exit_code == 2
+    assert f"--pattern belongs to methods with a pattern: {method} is unstructured" in result.stderr
+
+
 # Runs and files.
 
 

@@ -35,7 +35,7 @@ class StepSetup:
 
     Attributes:
         model: timm name, random weights, 1000 classes unless it says otherwise.
-        pattern: N:M or N:M/V.
+        pattern: N:M or N:M/V; "" for a method without one.
         batch: images per step.
         image_size: side in pixels; 0: the model's own.
         amp: autocast type.
@@ -145,7 +145,7 @@ class _Stepper:
 
     def _attach(self, method: str) -> Pruner:
         """Attach between the clock's hooks and go to the middle of the schedule."""
-        wanted = Pattern.parse(self.setup.pattern)
+        wanted = Pattern.parse(self.setup.pattern) if self.setup.pattern else None
         sparse = METHODS[method].sparse if method in METHODS else True
         weights = [target.weight for target in find_targets(self.model, wanted).targets] if sparse else []
         self._clock_hooks(weights)

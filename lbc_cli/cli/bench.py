@@ -46,7 +46,7 @@ def bench(
         str | None, typer.Option("--estimate", metavar="GPU", help="a100, h100 or h200, from datasheets.")
     ] = None,
     plot: Annotated[Path | None, typer.Option("--plot", metavar="PNG", help="Draw the result.")] = None,
-    method: Annotated[str | None, typer.Option("--method", help="With --train: beside dense; lbc.")] = None,
+    method: Annotated[str | None, typer.Option("--method", help="With --train: beside dense; lbc if not said.")] = None,
     amp: Annotated[str | None, typer.Option("--amp", help="With --train: off, bfloat16 or float16 autocast.")] = None,
     channels_last: Annotated[bool, typer.Option("--channels-last", help="With --train: NHWC.")] = False,
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="With --train: timed steps of each kind.")] = None,
@@ -76,7 +76,7 @@ def bench(
         "batches": _numbers("--batch", batch, "images, such as 1,64,256"),
         "image_size": image_size,
         "device": device,
-        "pattern": _pattern(pattern, vector),
+        "pattern": _pattern(pattern, vector, method if train else None),
     }
     if train:
         step = {"method": method, "amp": amp, "channels_last": channels_last, "steps": steps, "warmup": warmup}
@@ -130,9 +130,14 @@ def _numbers(option: str, text: str, what: str) -> tuple[int, ...]:
     return found
 
 
-def _pattern(pattern: str | None, vector: int | None) -> str:
+def _pattern(pattern: str | None, vector: int | None, method: str | None) -> str:
+    """The pattern asked for, 2:4 unless said; "" for an unstructured method, which can have none."""
     from lbc_cli.patterns import Pattern
+    from lbc_cli.recipe.layers import takes_pattern
 
+    if method is not None and not takes_pattern(method):
+        _refuse({"--pattern": pattern, "--vector": vector}, f"methods with a pattern: {method} is unstructured")
+        return ""
     return str(Pattern.parse(pattern or "2:4", vector or 1))
 
 

@@ -156,7 +156,7 @@ def train_bench_view(result: TrainBench) -> views.TrainBenchView:
         **_hardware(),
     }
     return views.TrainBenchView(
-        title=f"{setup.model} · {setup.method} {setup.pattern}",
+        title=f"{setup.model} · {setup.method} {setup.pattern}".rstrip(),
         images=setup.batch,
         steps=setup.steps,
         dense=_timing(result.dense),
