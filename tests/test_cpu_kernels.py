@@ -295,11 +295,11 @@ def test_inputs_of_any_layout(isa: str, name: str) -> None:
         residual_cut = room[:, 1:, 1:-1, 2:-1].permute(0, 3, 1, 2)
         residual_cut.copy_(residual)
         shifted = torch.empty(x.numel() + 1)[1:].view(batch, height, width, channels).permute(0, 3, 1, 2).copy_(x)
-        shifted_bias = torch.empty(len(bias) + 1)[1:].copy_(bias)
+        strided_bias = torch.empty(2 * len(bias) + 1)[1::2].copy_(bias)
         assert shifted.data_ptr() % 64
         for view in (x, cut, shifted, x.expand(batch, -1, -1, -1), x.transpose(2, 3).contiguous().transpose(2, 3)):
             for addend in (residual, residual_cut):
-                result = run(view, layer, seen.walk, bias=shifted_bias, residual=addend)
+                result = run(view, layer, seen.walk, bias=strided_bias, residual=addend)
                 assert same(result, expected)
                 assert result.is_contiguous(memory_format=torch.channels_last)
 
@@ -499,11 +499,16 @@ HOSTILE: list[dict[str, Any]] = [
     *({"shape": (16, i, 1, 1)} for i in (0, -4, 3, 18, HUGE)),
     *({"shape": (16, 16, k, 1)} for k in (0, -1, HUGE, 2**40)),
     *({"shape": (16, 16, 1, k)} for k in (0, -13, HUGE)),
-    *({"shape": (2**31, 2**32, 1, 1)}, {"shape": (2**20, 2**20, 2**20, 4)}),
+    *(
+        {"shape": (2**31, 2**32, 1, 1)},
+        {"shape": (2**20, 2**20, 2**20, 4)},
+        {"shape": (2**64 + 16, 16, 1, 1)},
+        {"shape": (16 - 2**64, 16, 1, 1)},
+    ),
     *({"n": n} for n in (0, -1, 4, 5, HUGE)),
     *({"m": m, "n": 1} for m in (0, 1, 2, 3, -4, 6, 12, 64, HUGE)),
     *({"vector": v} for v in (0, -1, 2, 8, 64, 17, HUGE)),
-    *({"stride": s} for s in (0, -1)),
+    *({"stride": s} for s in (0, -1, HUGE)),
     {"stride": -1, "shape": (16, 16, 1, 13)},
 ]
 
@@ -516,6 +521,97 @@ def test_numbers_without_a_kernel_are_refused(numbers: dict[str, Any]) -> None:
 
 
 # The operator.
+
+
+def arguments(**changed: Any) -> dict[str, Any]:
+    """Of a call that works, some of them changed."""
+    layer = packed(sparse_weight((20, 16, 3, 3), 2, 4, 1, seed=0), 2, 4)
+    given = {
+        "x": torch.randn(2, 16, 5, 6),
+        "values": layer.values,
+        "index": layer.index,
+        "bias": torch.randn(20),
+        "residual": torch.randn(2, 20, 5, 6),
+        "weight": list(layer.packing),
+        "geometry": list(walk(zeros=(1, 1, 1, 1))),
+        "relu": True,
+    }
+    return {**given, **{name: change(given[name]) if callable(change) else change for name, change in changed.items()}}
+
+
+def place(at: int, value: int) -> Any:
+    return lambda numbers: [*numbers[:at], value, *numbers[at + 1 :]]
+
+
+REFUSED: dict[str, dict[str, Any]] = {
+    "x in float64": {"x": lambda x: x.double()},
+    "x in bfloat16": {"x": lambda x: x.bfloat16()},
+    "x of 3 dimensions": {"x": lambda x: x[0]},
+    "x with other channels": {"x": lambda x: x[:, :12]},
+    "x smaller than the kernel": {"x": lambda x: x[..., :1], "geometry": list(POINTWISE), "residual": None},
+    "values too few": {"values": lambda v: v[:-1]},
+    "values too many": {"values": lambda v: torch.cat([v, v[:1]])},
+    "values in float64": {"values": lambda v: v.double()},
+    "values in bfloat16": {"values": lambda v: v.bfloat16()},
+    "one value that is spread": {"values": lambda v: v[:1].expand(len(v))},
+    "every second value": {"values": lambda v: v.repeat_interleave(2)[::2]},
+    "index too short": {"index": lambda i: i[:-1]},
+    "index in int64": {"index": lambda i: i.long()},
+    "one byte that is spread": {"index": lambda i: i[:1].expand(len(i))},
+    "bias too short": {"bias": lambda b: b[:-1]},
+    "bias in float64": {"bias": lambda b: b.double()},
+    "residual of another shape": {"residual": lambda r: r[:1]},
+    "residual in bfloat16": {"residual": lambda r: r.bfloat16()},
+    "no weight": {"weight": []},
+    "a number of the weight missing": {"weight": lambda w: w[:-1]},
+    "other output channels": {"weight": place(0, 36)},
+    "other input channels": {"weight": place(1, 32)},
+    "no chunk": {"weight": place(7, 0)},
+    "a negative chunk": {"weight": place(7, -16)},
+    "an odd chunk": {"weight": place(7, 8)},
+    "a huge chunk": {"weight": place(7, HUGE)},
+    "M of 0": {"weight": place(5, 0)},
+    "N of 0": {"weight": place(4, 0)},
+    "vector of 0": {"weight": place(6, 0)},
+    "half of 2": {"weight": place(8, 2)},
+    "a geometry too short": {"geometry": lambda g: g[:-1]},
+    "a geometry too long": {"geometry": lambda g: [*g, 0]},
+    **{f"{name} {value}": {"geometry": place(at, value), "residual": None}
+       for name, at, value in (("stride_h", 0, 0), ("stride_h", 0, -1), ("stride_w", 1, 0), ("stride_w", 1, -1),
+                               ("dilation_h", 2, 0), ("dilation_h", 2, -1), ("dilation_w", 3, -1),
+                               ("top", 4, -1), ("left", 5, -1), ("bottom", 6, -1), ("right", 7, -2),
+                               ("top", 4, HUGE), ("dilation_h", 2, HUGE))},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_calls_that_do_not_fit_are_refused(name: str) -> None:
+    call = arguments(**REFUSED[name])
+    for function in (torch.ops.lbc.nm_conv2d, cpu_ops.nm_conv2d):
+        with pytest.raises(ValueError):  # noqa: PT011 (each has a text of its own)
+            function(**call)
+    torch.ops.lbc.nm_conv2d(**arguments())
+
+
+def test_numbers_beyond_64_bits_are_refused() -> None:
+    with pytest.raises(ValueError, match="not the numbers of a packed weight"):
+        cpu_ops.nm_conv2d(**arguments(weight=place(0, 2**64 + 20)))
+
+
+@pytest.mark.parametrize("name", ["x", "values", "index", "bias", "residual"])
+def test_tensors_of_another_device_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="cpu"):
+        cpu_ops.nm_conv2d(**arguments(**{name: lambda value: value.to("meta")}))
+
+
+@pytest.mark.parametrize("name", ["x", "residual"])
+def test_a_gradient_is_refused(name: str) -> None:
+    call = arguments(**{name: lambda value: value.requires_grad_()})
+    with torch.no_grad():
+        torch.ops.lbc.nm_conv2d(**call)
+    for function in (torch.ops.lbc.nm_conv2d, cpu_ops.nm_conv2d):
+        with pytest.raises(RuntimeError, match="gradient"):
+            function(**call)
 
 
 def test_huge_steps_see_one_pixel(isa: str) -> None:
@@ -535,6 +631,20 @@ def test_a_copy_that_no_memory_holds_is_an_error(isa: str) -> None:
     for far in (2**30, 2**31 - 1):
         with pytest.raises(MemoryError):
             run(torch.randn(1, 16, 1, 1), layer, walk((1, 1), (far, far), (far, far, 0, 0)))
+
+
+def test_packing_wants_the_weight_that_was_planned() -> None:
+    packing = cpu_ops.plan((16, 16, 3, 3), 2, 4, 1)
+    for shape in ((16, 16, 1, 1), (16, 16, 3, 2), (1, 16, 3, 3), (16, 16)):
+        with pytest.raises(UsageError, match=r"\[16, 16, 3, 3\]"):
+            cpu_ops.pack(torch.zeros(shape), packing)
+    half = cpu_ops.plan((16, 16, 3, 3), 2, 4, 1, half=True)
+    with pytest.raises(UsageError, match="bfloat16"):
+        cpu_ops.pack(torch.full((16, 16, 3, 3), 0.1), half)
+    values, index = cpu_ops.pack(torch.zeros(16, 16, 3, 3), packing)
+    for odd in ((values[:-1], index), (values, index[:-1]), (values.bfloat16(), index), (values, index.long())):
+        with pytest.raises(ValueError, match="packed weight"):
+            cpu_ops.unpack(*odd, packing)
 
 
 @pytest.mark.parametrize("half", [False, True])

@@ -28,6 +28,7 @@ from lbc_cli.errors import PatternError, UsageError
 from lbc_cli.runtime.native import library
 
 FLOAT = torch.float32
+_FAR = 2**31 - 1
 
 
 class Packing(NamedTuple):
@@ -68,7 +69,9 @@ def plan(shape: Sequence[int], n: int, m: int, vector: int, *, stride: int = 1, 
     """
     out, inputs, kh, kw = shape
     weight = library.Weight(out, inputs, kh, kw, n, m, vector, 0, int(half))
-    if library.kernels().lbc_plan(byref(weight), stride):
+    numbers = (out, inputs, kh, kw, n, m, vector, stride)
+    possible = 0 < min(numbers) <= max(numbers) <= _FAR  # beyond 64 bits ctypes would cut them off
+    if not possible or library.kernels().lbc_plan(byref(weight), stride):
         raise UsageError(f"no CPU kernel for {n}:{m} of {list(shape)} with {vector} output channels to a mask")
     return Packing(out, inputs, kh, kw, n, m, vector, int(weight.chunk), int(half))
 
@@ -78,8 +81,12 @@ def pack(weight: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
 
     Raises:
         PatternError: if a group holds more than N non-zeros.
+        UsageError: for a weight of another shape than was planned, or one that values in bfloat16 would round.
     """
     native, (described, _, sizes) = library.kernels(), _described(*packing)
+    if tuple(weight.shape) != packing.shape or (packing.half and weight.dtype != torch.bfloat16):
+        planned = f"{list(packing.shape)}{' in bfloat16' if packing.half else ''}"
+        raise UsageError(f"the weight is {weight.dtype} {list(weight.shape)}: {planned} was planned, pass that")
     dense = weight.detach().to("cpu", FLOAT).contiguous()
     values = torch.empty(sizes[0], dtype=torch.bfloat16 if packing.half else FLOAT)
     index = torch.empty(sizes[1], dtype=torch.uint8)
@@ -92,22 +99,32 @@ def pack(weight: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
 
 
 def unpack(values: Tensor, index: Tensor, packing: Packing) -> Tensor:
-    """The dense weight, float32 [O, I, kh, kw]: bit for bit what was packed, the sign of zeros included."""
+    """The dense weight, float32 [O, I, kh, kw]: bit for bit what was packed, the sign of zeros included.
+
+    Raises:
+        ValueError: for values or an index that are not those of the packing.
+    """
+    native, (described, _, sizes) = library.kernels(), _described(*packing)
+    _check_packed(values, index, packing, sizes)
     dense = torch.empty(packing.shape)
-    native = library.kernels()
-    native.lbc_unpack(byref(_described(*packing)[0]), values.data_ptr(), index.data_ptr(), dense.data_ptr())
+    native.lbc_unpack(byref(described), values.data_ptr(), index.data_ptr(), dense.data_ptr())
     return dense
 
 
 @functools.lru_cache(maxsize=4096)
 def _described(*numbers: int) -> tuple[library.Weight, Packing, tuple[int, int]]:
-    """A packing for the kernels, and how many values and bytes of index it has."""
-    native, weight = library.kernels(), library.Weight(*numbers)
-    return (
-        weight,
-        Packing(*numbers),
-        (int(native.lbc_values(byref(weight))), int(native.lbc_index_bytes(byref(weight)))),
-    )
+    """A packing for the kernels, and how many values and bytes of index it has.
+
+    Raises:
+        ValueError: for numbers that `plan` does not give.
+    """
+    native = library.kernels()
+    if len(numbers) == len(Packing._fields) and 0 <= min(numbers) <= max(numbers) <= _FAR:
+        weight = library.Weight(*numbers)
+        sizes = int(native.lbc_values(byref(weight))), int(native.lbc_index_bytes(byref(weight)))
+        if min(sizes) >= 0:
+            return weight, Packing(*numbers), sizes
+    raise ValueError(f"{list(numbers)} are not the numbers of a packed weight")
 
 
 @functools.cache
@@ -117,7 +134,17 @@ def settings() -> tuple[Any, int, int | None]:
 
 
 def output_size(height: int, width: int, packing: Sequence[int], geometry: Sequence[int]) -> tuple[int, int]:
-    """Height and width of the result."""
+    """Height and width of the result.
+
+    Raises:
+        ValueError: for a geometry that is none.
+    """
+    steps, zeros = geometry[:4], geometry[4:]
+    if len(geometry) != 8 or not (0 < min(steps) <= max(steps) <= _FAR and 0 <= min(zeros) <= max(zeros) <= _FAR):
+        raise ValueError(
+            f"the geometry is {list(geometry)}: four strides and dilations from 1 and four zeros from 0 are needed, "
+            f"none above {_FAR}"
+        )
     stride_h, stride_w, dilation_h, dilation_w, top, left, bottom, right = geometry
     return (
         (height + top + bottom - dilation_h * (packing[2] - 1) - 1) // stride_h + 1,
@@ -140,20 +167,25 @@ def nm_conv2d(
     Raises:
         UsageError: for an instruction set that LBC_CPU_ISA names and this processor has not.
         ValueError: for inputs that do not fit.
+        RuntimeError: if a gradient is asked for.
+        MemoryError: if there is none for the zeros around the images.
     """
     run, isa, fork = settings()
     described, packing, sizes = _described(*weight)
-    _check(x, values, index, bias, packing, sizes)
+    _check(x, bias, residual, packing)
+    _check_packed(values, index, packing, sizes)
     x = _channels_last(x)
     template, shape = shaped(packing, tuple(geometry), x.shape, x.stride())
     out = torch.empty(shape, dtype=FLOAT, memory_format=torch.channels_last)
     call = library.Call.from_buffer_copy(template)
     call.x, call.values, call.index, call.out = x.data_ptr(), values.data_ptr(), index.data_ptr(), out.data_ptr()
     if bias is not None:
+        bias = bias.contiguous()
         call.bias = bias.data_ptr()
     if residual is not None:
-        if residual.shape != out.shape or residual.dtype != FLOAT:
-            raise ValueError(f"the residual is {residual.dtype} {list(residual.shape)}, the result {list(out.shape)}")
+        if residual.shape != out.shape or residual.dtype != FLOAT or not residual.is_cpu:
+            found = f"{residual.dtype} {list(residual.shape)} on {residual.device}"
+            raise ValueError(f"the residual is {found}, the result {FLOAT} {list(out.shape)} on a cpu")
         residual = _channels_last(residual)
         call.residual = residual.data_ptr()
         call.residual_image, _, call.residual_row, call.residual_pixel = residual.stride()
@@ -199,16 +231,27 @@ def shaped(
     return call, (images, packing.out, rows, columns)
 
 
-def _check(
-    x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, packing: Packing, sizes: tuple[int, int]
-) -> None:
-    """Kernels read where the numbers say: nothing but this keeps them inside their tensors."""
-    if x.dtype != FLOAT or x.dim() != 4:
-        raise ValueError(f"the input is {x.dtype} {list(x.shape)}: float32 [n, {packing.inputs}, h, w] is needed")
-    if (values.numel(), index.numel()) != sizes or values.dtype != (torch.bfloat16 if packing.half else FLOAT):
-        raise ValueError(f"the packed weight has {values.numel()} values and {index.numel()} bytes: {sizes} are needed")
-    if bias is not None and (bias.numel() != packing.out or bias.dtype != FLOAT):
-        raise ValueError(f"the bias is {bias.dtype} {list(bias.shape)}: float32 [{packing.out}] is needed")
+# Kernels read where the numbers say: nothing but these checks keeps them inside their tensors.
+def _check(x: Tensor, bias: Tensor | None, residual: Tensor | None, packing: Packing) -> None:
+    if x.dtype != FLOAT or x.dim() != 4 or not x.is_cpu:
+        found, needed = f"{x.dtype} {list(x.shape)} on {x.device}", f"{FLOAT} [n, {packing.inputs}, h, w] on a cpu"
+        raise ValueError(f"the input is {found}: {needed} is needed")
+    if bias is not None and (bias.numel() != packing.out or bias.dtype != FLOAT or not bias.is_cpu):
+        found, needed = f"{bias.dtype} {list(bias.shape)} on {bias.device}", f"{FLOAT} [{packing.out}] on a cpu"
+        raise ValueError(f"the bias is {found}: {needed} is needed")
+    if torch.is_grad_enabled() and (x.requires_grad or (residual is not None and residual.requires_grad)):
+        raise RuntimeError("N:M products on a CPU have no gradient: call them under torch.inference_mode()")
+
+
+def _check_packed(values: Tensor, index: Tensor, packing: Packing, sizes: tuple[int, int]) -> None:
+    kind = torch.bfloat16 if packing.half else FLOAT
+    if (values.numel(), index.numel()) != sizes or values.dtype != kind or index.dtype != torch.uint8:
+        raise ValueError(
+            f"the packed weight has {values.numel()} values in {values.dtype} and {index.numel()} positions in "
+            f"{index.dtype}: {sizes[0]} in {kind} and {sizes[1]} in torch.uint8 are needed"
+        )
+    if not (values.is_cpu and index.is_cpu and values.is_contiguous() and index.is_contiguous()):
+        raise ValueError("the packed weight is not contiguous on a cpu: pass what `pack` gave")
 
 
 def _channels_last(images: Tensor) -> Tensor:
