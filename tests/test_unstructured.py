@@ -21,6 +21,7 @@ from lbc_cli.methods.unstructured import Clock, SparsityOptions, kept_of, larges
 from lbc_cli.recipe import resolve
 from lbc_cli.report.describe import plan_view
 from lbc_cli.runs import RunFolder
+from lbc_cli.runtime.loading import open_model
 from lbc_cli.smoke import smoke
 from lbc_cli.verifier import verify
 from tests import unstructured as oracle
@@ -268,6 +269,13 @@ def test_verify_shows_what_was_counted(tmp_path: Path) -> None:
     assert [f.rule for f in verify(path, layers={"5": "2:4"}).findings] == ["pattern"]
     with pytest.raises(UsageError, match=r"nothing that '1' matches can take 2:4: 1\.weight: 7 input channels"):
         verify(path, layers={"1": "2:4", "5": "2:4"})
+
+
+def test_a_file_without_a_pattern_is_nothing_to_execute(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "run")
+    training.run(job("gmp"), folder)
+    with pytest.raises(UsageError, match="its weights are sparse without an N:M pattern: nothing to execute"):
+        open_model(folder.model)
 
 
 def test_negative_zeros_of_a_sparse_tensor_are_pointed_out(tmp_path: Path) -> None:

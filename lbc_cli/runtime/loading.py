@@ -141,9 +141,10 @@ def open_model(
     prepared = prepare(filled, {}, sample, fold=fold)
     patterns = _patterns(path) or _detected(prepared)
     if not patterns:
-        raise UsageError(
-            f"{path}: none of its weights is sparse: nothing to execute; train it, or make it sparse with `lbc prune`"
-        )
+        manifest = _manifest(path)
+        free = manifest is not None and manifest.unstructured
+        why = "its weights are sparse without an N:M pattern" if free else "none of its weights is sparse"
+        raise UsageError(f"{path}: {why}: nothing to execute; train it, or make it sparse with `lbc prune`")
     return dataclasses.replace(prepared, patterns=patterns)
 
 
