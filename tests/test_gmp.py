@@ -139,6 +139,7 @@ def run(every: int = 0, **options: Any) -> list[float]:
         pruner.begin_epoch(epoch)
         assert pruner.density() == pruner.planned_density(epoch)
         assert pruner.densities() == pruner.planned_layers(epoch)
+        assert pruner.phase == ("final" if epoch >= options["t_f"] else "training")
         seen.append(pruner.density())
         for images, labels in batches(epoch):
             nn.functional.cross_entropy(model(images), labels).backward()

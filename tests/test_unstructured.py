@@ -93,6 +93,39 @@ def test_the_clock_learns_how_long_an_epoch_is() -> None:
     assert (again.steps, again.before, again.inside) == (14, 6, 0)
 
 
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.mark.gpu
+@CUDA
+def test_the_largest_are_the_same_on_a_gpu() -> None:
+    generator = torch.Generator().manual_seed(1)
+    for size in (1, 9, 100, 300_000):
+        values = torch.randint(0, 1000, (size,), generator=generator).float()
+        for count in {0, 1, size // 3, size}:
+            assert torch.equal(largest(values.cuda(), count).cpu(), largest(values, count))
+
+
+@pytest.mark.gpu
+@CUDA
+@METHOD
+def test_masks_are_those_of_the_cpu_in_float64(method: str) -> None:
+    options = {"rigl": {"every": 2}, "str": {"s_init": -3.0, "s_decay": 0.03}, "gmp": {"every": 2}}.get(method, {})
+    ends = []
+    for device in ("cpu", "cuda"):
+        model = oracle.network().to(device)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        pruner = attach(model, optimizer, method=method, epochs=4, layers=oracle.LAYERS, **options)
+        for epoch in range(4):
+            pruner.begin_epoch(epoch)
+            for images, labels in oracle.batches(epoch):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(images.to(device)), labels.to(device)).backward()
+                optimizer.step()
+        ends.append({name: mask.cpu() for name, mask in pruner.masks().items()})
+    assert all(torch.equal(mask, ends[1][name]) for name, mask in ends[0].items())
+
+
 # Recipes and the command line.
 
 

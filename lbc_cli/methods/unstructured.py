@@ -71,7 +71,10 @@ def largest(values: Tensor, count: int) -> Tensor:
     """
     if count == 0:
         return torch.zeros_like(values, dtype=torch.bool)
-    bound = values.kthvalue(values.numel() - count + 1).values
+    if values.is_cuda:  # there kthvalue works with a single block of threads
+        bound = values.topk(count, sorted=False).values.amin()
+    else:
+        bound = values.kthvalue(values.numel() - count + 1).values
     above, equal = values > bound, values == bound
     return above | (equal & (equal.cumsum(0) <= count - above.sum()))
 
