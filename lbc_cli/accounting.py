@@ -87,6 +87,15 @@ def step_share(cost: Cost, pruner: Pruner, densities: Mapping[str, float]) -> fl
     return flops.model_share(cost, pruner.step_shares(densities))
 
 
+def planned_sparse_share(cost: Cost, pruner: Pruner) -> float | None:
+    """What training will cost in the sparse layers alone, as a share of dense training; 1 where there are none."""
+    sparse = sum(cost.macs[target.name] for target in pruner.targets)
+    account = planned(cost, pruner)
+    if account.training_share is None:
+        return None
+    return 1 - (1 - account.training_share) * cost.total_macs / sparse if sparse else 1.0
+
+
 def _account(
     cost: Cost, densities: Mapping[str, float | None], parameters: int | None, share: float | None, teacher_macs: int
 ) -> Account:

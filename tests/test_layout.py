@@ -28,7 +28,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("weights", "verifier"),
     ("runtime", "permute"),
     ("engine", "allocation", "distill", "accounting"),
-    ("smoke",),
+    ("smoke", "paper"),
     ("training", "exports", "oneshot", "accuracy", "bench"),
     ("report",),
     ("sweeps",),

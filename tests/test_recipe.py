@@ -622,7 +622,8 @@ def test_every_shipped_recipe_resolves_and_says_what_it_is_for(name: str) -> Non
     recipe = resolved.recipe
     assert recipe.description
     assert recipe.model.name
-    assert resolve(name, flags={"sparsity.pattern": "1:16"}).recipe.sparsity.pattern == "1:16"
+    if METHODS[recipe.method["name"]].structured:
+        assert resolve(name, flags={"sparsity.pattern": "1:16"}).recipe.sparsity.pattern == "1:16"
     assert all(origin == "default" or origin.startswith("recipes/") for origin in resolved.provenance.values())
 
 

@@ -15,7 +15,7 @@ from lbc_cli.cli.convert import convert
 from lbc_cli.cli.export import export
 from lbc_cli.cli.inspect import inspect
 from lbc_cli.cli.prune import prune
-from lbc_cli.cli.recipes import list_recipes, recipe_schema, show_recipe
+from lbc_cli.cli.recipes import list_recipes, paper_figures, recipe_schema, show_recipe
 from lbc_cli.cli.sweep import sweep
 from lbc_cli.cli.train import train
 from lbc_cli.cli.verify import verify
@@ -41,6 +41,7 @@ app.command()(inspect)
 app.command()(bench)
 recipes.command("list")(list_recipes)
 recipes.command("show")(show_recipe)
+recipes.command("paper")(paper_figures)
 recipes.command("schema")(recipe_schema)
 
 

@@ -1,4 +1,4 @@
-"""`lbc recipe`: list, show, schema."""
+"""`lbc recipe`: list, show, paper, schema."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import typer
 
 from lbc_cli.cli.common import make_console, reported
 from lbc_cli.cli.options import AsJson, Overrides
+from lbc_cli.errors import UsageError
 
 
 @reported
@@ -35,6 +36,27 @@ def show_recipe(
     from lbc_cli.recipe import resolve
 
     print(resolve(name, overrides=override or []).text, end="")
+
+
+@reported
+def paper_figures(
+    *,
+    number: Annotated[int | None, typer.Option("--table", metavar="1|4|5", help="This table only.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print the LBC paper's parameters and FLOPs beside those counted for its recipes."""
+    from lbc_cli.paper import NOTES, TABLES, rows
+    from lbc_cli.report.papers import print_paper
+
+    if number is not None and number not in TABLES:
+        raise UsageError(f"--table {number}: what can be counted is in tables {', '.join(map(str, TABLES))}")
+    console = make_console()
+    found = {known: rows(known) for known in TABLES if number in (None, known)}
+    if as_json:
+        console.json({str(known): {"rows": found[known], "notes": NOTES[known]} for known in found})
+        return
+    for known, lines in found.items():
+        print_paper(console, known, lines, NOTES[known])
 
 
 @reported

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from lbc_cli.errors import RecipeError, did_you_mean
@@ -66,11 +68,18 @@ def find_recipe(reference: str | Path, *, beside: Path | None = None) -> Path:
 
 
 def _missing(name: str, path: Path, shipped: dict[str, Path]) -> str:
-    known = ", ".join(shipped) or "none, the installation is incomplete"
+    known = _listed(shipped) or "none, the installation is incomplete"
     hint = did_you_mean(Path(name).name.removesuffix(SUFFIX), shipped)
     if name.endswith(SUFFIX) or path.is_dir():
         return f"no recipe file {str(path)!r}; shipped recipes go by name: {known}.{hint}"
     return f"no recipe {name!r}: give the path of a .toml file or a shipped name: {known}.{hint}"
+
+
+def _listed(names: Iterable[str]) -> str:
+    """The names, those in folders only by number."""
+    top = [name for name in names if "/" not in name]
+    folders = Counter(name.rpartition("/")[0] for name in names if "/" in name)
+    return ", ".join([*top, *(f"and {count} in {folder}/ (lbc recipe list)" for folder, count in folders.items())])
 
 
 def recipe_for(model: str, data: str) -> tuple[str, str]:
