@@ -310,7 +310,7 @@ def test_memory_is_given_back_when_the_masks_are_fixed() -> None:
 @pytest.mark.parametrize(
     ("pattern", "options", "message"),
     [
-        ("4:16", {}, r"4:16 has 1,820 candidates per group.* take 1,820 bytes per weight, 0.0 GB for 1.weight alone"),
+        ("4:16", {}, r"4:16 has 1,820 candidates per group.* take 1,820 bytes per weight, 8.4 MB for 1.weight alone"),
         ("2:4", {"t_f": EPOCHS}, "past the last epoch"),
         ("2:4", {"temperature_end": 0.0}, "temperature_end = 0.0.*greater than 0"),
         ("2:4", {"weights": "thawed"}, "weights = 'thawed'"),

@@ -155,3 +155,11 @@ def test_a_row_of_its_own_breaks_a_vector_wise_mask() -> None:
     assert not patterns.holds(mask, Pattern(2, 4, 2))
     with pytest.raises(PatternError, match="the same in all rows"):
         patterns.check_mask(mask, Pattern(2, 4, 2))
+
+
+@pytest.mark.parametrize("m", [2, 4, 16, 32])
+def test_both_ways_to_find_the_largest_agree_where_values_tie(m: int) -> None:
+    values = torch.randint(0, 5, (m, 7, 30), generator=torch.Generator().manual_seed(m)).float()
+    by_rows = patterns._losses_by_rows(values)
+    assert torch.equal(patterns._losses_by_pairs(values).long(), by_rows)
+    assert torch.equal(by_rows.sort(dim=0).values, torch.arange(m)[:, None, None].expand(values.shape))

@@ -354,7 +354,7 @@ def _check_candidates(target: Target) -> None:
     per_weight = pattern.num_candidates * floats * 4 / (pattern.m * pattern.vector)
     if per_weight > MAX_BYTES:
         size = (
-            f"{per_weight:,.0f} bytes per weight, {per_weight * target.weight.numel() / 1e9:,.1f} GB for {target.name}"
+            f"{per_weight:,.0f} bytes per weight, {per_weight * target.weight.numel() / 1e6:,.1f} MB for {target.name}"
         )
         raise MethodError(
             f"{pattern} has {pattern.num_candidates:,} candidates per group, whose logits, moments and noise take "
