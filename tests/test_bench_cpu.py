@@ -385,21 +385,27 @@ def test_graphs_are_written_once_for_a_batch(prepared: Prepared, monkeypatch: py
 
 
 def test_pools_have_their_turns_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    order: list[str] = []
+    order: list[Any] = []
+
+    def instead(calls: Mapping[str, Any], device: torch.device, *, rounds: int, warmup: int, **rest: Any) -> Any:
+        order.append(("".join(calls), rounds, warmup))
+        return {name: Times((1.0,) * rounds) for name in calls}
+
+    monkeypatch.setattr(turns, "interleaved", instead)
     monkeypatch.setattr(turns, "settle", lambda: order.append("|"))
-    calls = {name: (lambda name=name: order.append(name)) for name in "abx"}
-    pools = ({name: calls[name] for name in "ab"}, {"x": calls["x"]})
+    call = lambda: None  # noqa: E731
+    pools: Any = ({"a": call, "b": call}, {}, {"x": call})
     torch.set_num_threads(2)
-    found = in_turns(pools, CPU, rounds=7, seconds=60, warmup=1)
-    # Two stretches, of four rounds and of three, each with calls that are not timed first.
-    assert "".join(order) == "|ab" + "ab" * 4 + "|x" + "x" * 4 + "|ab" + "ab" * 3 + "|x" + "x" * 3
+    found = in_turns(pools, CPU, rounds=7, seconds=1e9)
+    # Two stretches, of four rounds and of three, each with a call that is not timed first.
+    assert order == ["|", ("ab", 4, 3), "|", ("x", 4, 3), "|", ("ab", 3, 1), "|", ("x", 3, 1)]
     assert {name: len(times.seconds) for name, times in found.items()} == {"a": 7, "b": 7, "x": 7}
+    assert len(in_turns(pools, CPU, rounds=7, seconds=0)["x"].seconds) == 4  # time has run out
     order.clear()
-    assert len(in_turns(pools, CPU, rounds=7, seconds=0, warmup=1)["x"].seconds) == 4  # time has run out
-    order.clear()
+    in_turns(pools[:2], CPU, rounds=7, seconds=1e9)
     torch.set_num_threads(1)  # no thread waits for work
-    in_turns(pools, CPU, rounds=2, seconds=60, warmup=0)
-    assert "".join(order) == "abxabx"
+    in_turns(pools, CPU, rounds=7, seconds=1e9)
+    assert order == [("ab", 7, 3), ("abx", 7, 3)]
 
 
 def test_settling_waits_for_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
