@@ -69,7 +69,7 @@ def test_a_run_starts_from_packed_and_from_plain_weights(tmp_path: Path) -> None
 
 def test_a_model_that_cannot_take_the_images_is_refused_before_anything_is_written() -> None:
     with pytest.raises(ModelError, match=r"does not run on an input of 3 x 32 x 32.*set data.image_size"):
-        job(**{"model.name": "inception_v3"})
+        training.prepare(resolve("digits", flags={"model.name": "inception_v3"}))
 
 
 @pytest.mark.parametrize("override", ["train.seed=9223372036854775808", "train.epochs=1000001"])
