@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from lbc_cli import checkpoint, training
+from lbc_cli import checkpoint, patterns, training
 from lbc_cli.bench import StepSetup, train_bench
 from lbc_cli.methods import attach
+from lbc_cli.patterns import Pattern
 from lbc_cli.recipe import resolve
 from lbc_cli.runs import RunFolder
 from lbc_cli.smoke import smoke
@@ -20,10 +23,10 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 CUDA = torch.device("cuda")
 
 
-def train(device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+def train(device: torch.device, dtype: torch.dtype, **options: Any) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     model = network(dtype).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, weight_decay=1e-3)
-    pruner = attach(model, optimizer, epochs=EPOCHS, layers=LAYERS)
+    pruner = attach(model, optimizer, epochs=EPOCHS, layers=LAYERS, **options)
     for epoch in range(EPOCHS):
         pruner.begin_epoch(epoch)
         for images, labels in batches(epoch, dtype):
@@ -33,12 +36,55 @@ def train(device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, dict[str
     return model.cpu(), {name: mask.cpu() for name, mask in pruner.masks().items()}
 
 
-def test_masks_and_weights_are_those_of_the_cpu_in_float64() -> None:
-    on_cpu, on_gpu = train(torch.device("cpu"), torch.float64), train(CUDA, torch.float64)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"criterion": "gradient"},
+        {"criterion": "magnitude"},
+        {"method": "sr-ste"},
+        {"method": "sr-ste", "pattern": "2:8", "schedule": "gradual"},
+        {"method": "asp", "dense_epochs": 2},
+    ],
+    ids=str,
+)
+def test_masks_and_weights_are_those_of_the_cpu_in_float64(options: dict[str, Any]) -> None:
+    on_cpu = train(torch.device("cpu"), torch.float64, **options)
+    on_gpu = train(CUDA, torch.float64, **options)
     for name, mask in on_cpu[1].items():
         assert torch.equal(mask, on_gpu[1][name])
     for name, weight in on_cpu[0].named_parameters():
         torch.testing.assert_close(on_gpu[0].get_parameter(name), weight, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("weights", ["frozen", "trained"])
+def test_masks_drawn_on_the_device_end_as_the_pattern_and_go_on_from_their_state(weights: str, hard: bool) -> None:
+    def start() -> tuple[nn.Module, torch.optim.Optimizer, Any]:
+        model = network().to(CUDA)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+        given = {"method": "maskllm", "weights": weights, "hard": hard}
+        return model, optimizer, attach(model, optimizer, epochs=EPOCHS, layers=LAYERS, **given)
+
+    def go_on(model: nn.Module, optimizer: torch.optim.Optimizer, pruner: Any, epochs: range) -> None:
+        for epoch in epochs:
+            pruner.begin_epoch(epoch)
+            for images, labels in batches(epoch):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(images.to(CUDA)), labels.to(CUDA)).backward()
+                optimizer.step()
+
+    first, second = start(), start()
+    go_on(*first, range(1))
+    for target, source in zip(second, first, strict=True):
+        target.load_state_dict(copy.deepcopy(source.state_dict()))
+    assert torch.equal(first[0][1].weight, second[0][1].weight)
+    assert torch.equal(
+        first[2].state_dict()["state"]["own"]["generator"], second[2].state_dict()["state"]["own"]["generator"]
+    )
+    go_on(*second, range(1, EPOCHS))
+    patterns.check_mask(second[2].masks()["1.weight"], Pattern(2, 4))
+    assert (second[0][1].weight[~second[2].masks()["1.weight"]] == 0).all()
 
 
 @pytest.mark.parametrize("fused", [False, True])
