@@ -338,3 +338,39 @@ def test_training_is_counted_dense_while_masks_are_soft() -> None:
 def test_a_longer_vector_makes_room_for_more_candidates() -> None:
     model = network()
     make(model, torch.optim.SGD(model.parameters(), lr=0.1), "4:16/16")
+
+
+def test_learned_masks_beat_the_magnitude_masks_they_began_with() -> None:
+    """A trained network, its weights frozen and everything else untouched: only the choice of weights can help."""
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    images = torch.randn(1000, 32, generator=generator)
+    labels = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 5))(images).argmax(dim=1)
+    dense = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 5))
+
+    def epoch(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        for part in torch.randperm(1000, generator=generator).split(50):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(images[part]), labels[part]).backward()
+            optimizer.step()
+
+    def start(method: str, **options: Any) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
+        model = copy.deepcopy(dense)
+        sparse = [model[0].weight, model[2].weight]
+        others = [p for p in model.parameters() if all(p is not weight for weight in sparse)]
+        optimizer = torch.optim.SGD([{"params": sparse, "lr": 0.05}, {"params": others, "lr": 0.0}])
+        layers = {"0": "1:4", "4": "dense"}
+        return model, optimizer, attach(model, optimizer, pattern="1:4", method=method, layers=layers, **options)
+
+    optimizer = torch.optim.SGD(dense.parameters(), lr=0.05, momentum=0.9)
+    for _ in range(20):
+        epoch(dense, optimizer)
+    pruned, _, pruner = start("asp", epochs=1)
+    pruner.begin_epoch(0)
+    learned, optimizer, pruner = start("maskllm", epochs=11, t_f=10)
+    for number in range(10):
+        pruner.begin_epoch(number)
+        epoch(learned, optimizer)
+    pruner.begin_epoch(10)
+    losses = [nn.functional.cross_entropy(model(images), labels).item() for model in (dense, learned, pruned)]
+    assert losses[0] < losses[1] < 0.7 * losses[2]
