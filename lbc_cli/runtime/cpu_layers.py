@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,11 +72,12 @@ class CpuLayer(nn.Module):
         # Past the dispatcher where nobody looks on: it takes as long as a small layer's work.
         plain = type(images) is Tensor and not torch.compiler.is_compiling()
         run = cpu_ops.nm_conv2d if plain else _OPERATOR
+        buffers: dict[str, Any] = self._buffers  # faster than one attribute after the other
+        held = buffers["values"], buffers["index"], buffers["bias"]
         if self.dtype == torch.float32:
-            return run(images, self.values, self.index, self.bias, residual, self._numbers, walk, self.relu)
+            return run(images, *held, residual, self._numbers, walk, self.relu)
         wide = None if residual is None else residual.float()
-        result = run(images.float(), self.values, self.index, self.bias, wide, self._numbers, walk, self.relu)
-        return result.to(self.dtype)
+        return run(images.float(), *held, wide, self._numbers, walk, self.relu).to(self.dtype)
 
     def check(self, images: Tensor) -> None:
         """Refuse what the layer cannot take.

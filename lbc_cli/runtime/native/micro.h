@@ -64,66 +64,89 @@ LBC_INLINE void each(F &&f) {
     unrolled(f, std::make_integer_sequence<int, N>{});
 }
 
+// The pixels of a tile in memory, as two runs.
+template <int P>
+struct Pixels {
+    static constexpr int first_run = (P + 1) / 2;
+    const char *run0, *run1;
+    size_t d1, d3, d5;
+
+    LBC_INLINE Pixels(const float *p0, const float *p1, size_t floats)
+        : run0((const char *)p0), run1((const char *)p1), d1(floats * sizeof(float)), d3(3 * d1), d5(5 * d1) {}
+
+    template <int I>
+    LBC_INLINE float *at(int64_t floats) const {
+        const int64_t bytes = floats * (int64_t)sizeof(float);
+        if constexpr (I < first_run) return (float *)pixel<I>(run0 + bytes, d1, d3, d5);
+        return (float *)pixel<I - (I < first_run ? I : first_run)>(run1 + bytes, d1, d3, d5);
+    }
+};
+
 // Accumulators of P pixels x W registers, and what happens to them before and after the products.
 template <class A, int P, int W>
 struct Sums {
     typename A::R of[P][W];
 
-    static constexpr int first_run = (P + 1) / 2;
-
-    static LBC_INLINE float *out(const Tile &t, int p) {
-        return p < first_run ? t.out0 + p * t.out_pixel : t.out1 + (p - first_run) * t.out_pixel;
-    }
-
-    static LBC_INLINE const float *residual(const Tile &t, int p) {
-        return p < first_run ? t.residual0 + p * t.residual_pixel : t.residual1 + (p - first_run) * t.residual_pixel;
-    }
-
     // `at`: first output channel; `left`: how many there are from there on.
     LBC_INLINE void begin(const Tile &t, int64_t at, int64_t left) {
-        each<W>([&](auto w) __attribute__((always_inline)) {
-            const int64_t n = left - w * A::lanes, o = at + w * A::lanes;
-            if (n <= 0) {
-                each<P>([&](auto p) __attribute__((always_inline)) { of[p][w] = A::zero(); });
-            } else if (t.first) {
-                const auto bias = t.bias ? load_up_to(t.bias + o, n) : A::zero();
-                each<P>([&](auto p) __attribute__((always_inline)) { of[p][w] = bias; });
-            } else {
-                each<P>([&](auto p) __attribute__((always_inline)) { of[p][w] = load_up_to(out(t, p) + o, n); });
-            }
-        });
-    }
-
-    // Lines that will be written are asked for before the products, not after them.
-    LBC_INLINE void fetch_out(const Tile &t, int64_t at) {
-        each<P>([&](auto p) __attribute__((always_inline)) {
-            each<(W * A::lanes + 15) / 16>([&](auto w) __attribute__((always_inline)) {
-                __builtin_prefetch(out(t, p) + at + 16 * w, 1);
-            });
-        });
+        if (left >= W * A::lanes)
+            begin_with<true>(t, at, left);
+        else
+            begin_with<false>(t, at, left);
     }
 
     LBC_INLINE void end(const Tile &t, int64_t at, int64_t left) {
+        if (left >= W * A::lanes)
+            end_with<true>(t, at, left);
+        else
+            end_with<false>(t, at, left);
+    }
+
+   private:
+    template <bool Whole>
+    LBC_INLINE void begin_with(const Tile &t, int64_t at, int64_t left) {
+        const Pixels<P> out(t.out0, t.out1, t.out_pixel);
         each<W>([&](auto w) __attribute__((always_inline)) {
             const int64_t n = left - w * A::lanes, o = at + w * A::lanes;
-            if (n <= 0) return;
-            if (t.last && t.residual0)
-                each<P>([&](auto p) __attribute__((always_inline)) {
-                    of[p][w] = A::add(of[p][w], load_up_to(residual(t, p) + o, n));
-                });
-            if (t.last && t.relu)
-                each<P>([&](auto p) __attribute__((always_inline)) { of[p][w] = A::relu(of[p][w]); });
+            if (!t.first) {
+                each<P>([&](auto p) __attribute__((always_inline)) { of[p][w] = load<Whole>(out.template at<p>(o), n); });
+                return;
+            }
+            const auto bias = t.bias ? load<Whole>(t.bias + o, n) : A::zero();
             each<P>([&](auto p) __attribute__((always_inline)) {
-                if (n >= A::lanes)
-                    A::store(out(t, p) + o, of[p][w]);
-                else
-                    A::store_some(out(t, p) + o, of[p][w], n);
+                of[p][w] = bias;
+                // Lines that will be written are asked for before the products, not after them.
+                if (w * A::lanes % 16 == 0) __builtin_prefetch(out.template at<p>(o), 1);
             });
         });
     }
 
-    static LBC_INLINE typename A::R load_up_to(const float *p, int64_t n) {
-        return n >= A::lanes ? A::load(p) : A::load_some(p, n);
+    template <bool Whole>
+    LBC_INLINE void end_with(const Tile &t, int64_t at, int64_t left) {
+        const Pixels<P> out(t.out0, t.out1, t.out_pixel);
+        each<W>([&](auto w) __attribute__((always_inline)) {
+            const int64_t n = left - w * A::lanes, o = at + w * A::lanes;
+            if (t.last && t.residual0) {
+                const Pixels<P> residual(t.residual0, t.residual1, t.residual_pixel);
+                each<P>([&](auto p) __attribute__((always_inline)) {
+                    of[p][w] = A::add(of[p][w], load<Whole>(residual.template at<p>(o), n));
+                });
+            }
+            if (t.last && t.relu)
+                each<P>([&](auto p) __attribute__((always_inline)) { of[p][w] = A::relu(of[p][w]); });
+            each<P>([&](auto p) __attribute__((always_inline)) {
+                if (Whole || n >= A::lanes)
+                    A::store(out.template at<p>(o), of[p][w]);
+                else if (n > 0)
+                    A::store_some(out.template at<p>(o), of[p][w], n);
+            });
+        });
+    }
+
+    template <bool Whole>
+    static LBC_INLINE typename A::R load(const float *p, int64_t n) {
+        if (Whole || n >= A::lanes) return A::load(p);
+        return n > 0 ? A::load_some(p, n) : A::zero();
     }
 };
 
@@ -142,7 +165,6 @@ void permuted(const Tile &t) {
             if (at >= t.lanes) break;
             Sums<A, P, 1> sums;
             sums.begin(t, at, t.lanes - at);
-            if (t.first) sums.fetch_out(t, at);
             int64_t slot = part;
             for (int64_t r = 0; r < t.kh; r++)
                 for (int64_t s = 0; s < t.kw; s++) {
@@ -189,7 +211,6 @@ void shared(const Tile &t) {
             if (at >= t.lanes) break;
             Sums<A, P, W> sums;
             sums.begin(t, at, t.lanes - at);
-            if (t.first) sums.fetch_out(t, at);
             const uint16_t *channel = index;
             int64_t slot = part;
             for (int64_t r = 0; r < t.kh; r++)
