@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lbc_cli.bench import compiling, dense_layers, machine, onnx_graphs, results, turns, ways, whole_cpu
+from lbc_cli.bench import compiling, dense_layers, inference, machine, onnx_graphs, results, turns, ways, whole_cpu
 from lbc_cli.bench.dense_layers import dense_rivals
 from lbc_cli.bench.inference import inference_bench
 from lbc_cli.bench.layers import LayerBench
@@ -35,6 +35,7 @@ from lbc_cli.runtime.executors import EXECUTORS
 from lbc_cli.runtime.layer import Layer
 from lbc_cli.runtime.prepare import Prepared, prepare
 from lbc_cli.runtime.slices import Sliced
+from lbc_cli.runtime.tune import Plan, key_for
 from tests.test_cli import lbc
 from tests.test_runtime import CPU
 
@@ -436,6 +437,28 @@ def test_threads_are_rows_and_are_restored(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(ZeroDivisionError):
         inference_bench(setup)
     assert torch.get_num_threads() == 1
+
+
+def test_every_row_has_a_plan_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def planned(prepared: Prepared, executors: Any, *, batch: int, **rest: Any) -> Plan:
+        key = key_for(prepared, batch=batch, dtype=torch.float32, device=CPU)
+        return Plan(key, {"layer1.0.conv1": f"{batch} on {torch.get_num_threads()}"}, {}, {}, "")
+
+    def measure(bench: CpuBench, batch: int, choices: Any) -> Any:
+        assert choices == {"layer1.0.conv1": f"{batch} on {torch.get_num_threads()}"}
+        return row(2, 1, 3, 0.25 if batch == 2 else 0), []
+
+    fast: Any = type("Fast", (), {"measured": True, "name": "fast"})()
+    monkeypatch.setattr(inference, "usable_executors", lambda device, dtype: [fast])
+    monkeypatch.setattr(inference, "tune", planned)
+    monkeypatch.setattr(CpuBench, "measure", measure)
+    monkeypatch.setattr(LayerBench, "measure", lambda *arguments: [])
+    monkeypatch.setattr(results, "core_count", lambda: 2)
+    found = inference_bench(InferenceSetup(source="test_resnet", image_size=32, batches=(1, 2), threads=(1, 2)))
+    keys = [(plan.key.batch, plan.key.device.rpartition(", ")[2]) for plan in found.plans]
+    assert keys == [(1, "1 threads"), (1, "2 threads"), (2, "1 threads"), (2, "2 threads")]
+    assert found.layers_at == (2, 2)
+    assert "times scatter widely: other work on this machine? (batch 2, 1 thread; batch 2, 2 threads)" in found.notes
 
 
 def test_threads_by_default_are_one_and_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,8 @@ from lbc_cli.runtime.prepare import Prepared, prepare
 from lbc_cli.runtime.tune import Plan, tune
 from lbc_cli.targets import find_targets
 
+_SCATTERED = 0.2  # spread above which a row is worth a remark
+
 
 @dataclass(slots=True)
 class _Measured:
@@ -116,6 +118,8 @@ def _measure(
             else:
                 row = CpuBench(setup, prepared, executors, graphs, notes, progress).measure(batch, choices)
             found.rows[batch, threads] = (*row, plan)
+            if row[0].spread > _SCATTERED:
+                notes.add("times scatter widely: other work on this machine?", row_name(batch, threads))
         if setup.per_layer:
             _use(last[1])
             _, executed, plan = found.rows[last]

@@ -172,7 +172,7 @@ class BatchResult:
     def spread_of(self, *names: str) -> float:
         """The larger spread of those of these sides that were measured."""
         found = [self.sides[name].quartiles for name in names if name in self.sides]
-        return max((high - low) / 2 / median for low, median, high in found)
+        return max(((high - low) / 2 / median for low, median, high in found), default=0.0)
 
 
 @dataclass(frozen=True, slots=True)
