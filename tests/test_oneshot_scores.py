@@ -94,6 +94,7 @@ def slow_mask(scores: Tensor, weight: Tensor, pattern: Pattern) -> Tensor:
         (nn.Conv2d(4, 6, 3, padding=1, bias=False), (2, 4, 5, 7)),
         (nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(0, 1), dilation=(1, 2), bias=False), (2, 4, 9, 7)),
         (nn.Conv2d(4, 6, (2, 3), padding="same", dilation=2, bias=False), (2, 4, 6, 7)),
+        (nn.Conv2d(4, 6, (2, 4), padding="same", bias=False), (2, 4, 6, 7)),
         (nn.Conv2d(4, 6, 3, padding="valid", groups=2, bias=False), (2, 4, 5, 5)),
         (nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect", bias=False), (2, 4, 5, 5)),
         (nn.Conv3d(4, 6, 2, stride=2, groups=2, bias=False), (2, 4, 4, 4, 4)),

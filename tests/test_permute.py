@@ -145,6 +145,7 @@ class Structures(nn.Module):
         self.after = nn.Conv2d(16, 8, 1)
         self.scale = nn.Parameter(torch.ones(8, 1, 1))
         self.joined = nn.Conv2d(16, 8, 1)
+        self.side = nn.Conv2d(8, 8, 1)
         self.last = nn.Conv2d(8, 8, 1)
         self.flat = nn.Linear(8 * 16, 12)
         self.head = nn.Linear(12, 5)
@@ -155,7 +156,7 @@ class Structures(nn.Module):
         x = x * torch.sigmoid(self.gate(x.mean((2, 3))))[:, :, None, None]
         x = functional.gelu(self.grouped(x))
         x = self.after(x) * self.scale
-        x = self.joined(torch.cat([x, x.flip(3)], 1))
+        x = self.joined(torch.cat([x, x * 2], 1)) + self.side(x)
         x = functional.adaptive_avg_pool2d(functional.silu(self.last(x)), 4)
         x = torch.flatten(x, 1)
         return self.head(functional.layer_norm(self.flat(x), (12,)))
@@ -177,6 +178,7 @@ def test_structures_are_followed_or_left_with_a_reason(any_order: None) -> None:
     assert reasons[("gate.weight",)] == "a convolution in 2 groups joins neighbours"
     assert reasons[("grouped.weight",)] == "a convolution in 2 groups joins neighbours"
     assert reasons[("joined.weight",)] == "it meets what cat puts together"
+    assert reasons[("side.weight",)] == "cat puts other channels beside it"
     assert reasons[("last.weight",)] == ""
     assert reasons[("head.weight",)] == ""
     assert "joins neighbours" in reasons[("after.weight",)]

@@ -56,7 +56,8 @@ class Chosen:
 
     Attributes:
         masks: parameter name -> bool mask of exactly N in every group.
-        weights: parameter name -> the weight with new values where it is kept, for methods that change them; float64.
+        weights: parameter name -> the weight with new values where it is kept and +0.0 elsewhere, in float64; only
+            from methods that change what they keep.
         errors: parameter name -> share of the layer's squared output that is lost on the calibration images.
         notes: what people should know.
     """

@@ -10,12 +10,14 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lbc_cli import models
+from lbc_cli.accuracy import Accuracy
 from lbc_cli.checkpoint.files import check_free
 from lbc_cli.errors import MethodError, ModelError, UsageError
 from lbc_cli.oneshot.batchnorm import check_batch_norms, recalibrate
@@ -160,6 +162,21 @@ def prune(
     return finish(start, title, pruned, path, seconds, (*work.notes, *start.notes), measured)
 
 
+@dataclass(frozen=True, slots=True)
+class _View:
+    """What there is to see a model by.
+
+    Attributes:
+        images: evaluation and training split, prepared for the model.
+        looked_at: calibration images and their labels, where any are needed.
+        device: where they are looked at.
+    """
+
+    images: Images
+    looked_at: tuple[Tensor, Tensor] | None
+    device: torch.device
+
+
 @dataclass(slots=True)
 class _Work:
     """One pruning, step by step."""
@@ -173,44 +190,45 @@ class _Work:
 
     def run(self) -> tuple[Pruned, Measured]:
         """Prune the model; what it became, and what was found out."""
-        request, model = self.request, self.start.model
         magnitudes = [_magnitude(target) for target in self.selection.targets]
-        if request.recalibrate_bn:
-            check_batch_norms(model, self.start.arch)
-        if request.data is None:
-            permutation = self._permute()
-            masks, rows = self._prune(None, magnitudes)
-            return Pruned(request.method, self.selection, masks, rows, _facts(permutation)), Measured(
-                permutation=permutation
-            )
-        device = choose_device(request.device or "auto")
-        with self._timed("opening the data"):
-            twin = _twin(model, torch.device("cpu"))
-            images = open_images(twin, request.data, kept=self.start.kept, overrides=request.overrides, device=device)
-            looked_at = images.calibration(request.images, request.seed, self.progress) if request.calibrates else None
-        with self._timed("accuracy before"):
-            before = images.accuracy(twin.to(device), device, self.progress)
-        del twin
+        if self.request.recalibrate_bn:
+            check_batch_norms(self.start.model, self.start.arch)
+        view = self._open()
+        before = self._measure(view, "accuracy before")
         permutation = self._permute()
-        masks, rows = self._prune(self._calibration(looked_at, device), magnitudes)
-        renewed = 0
-        if request.recalibrate_bn:
-            with self._timed("batch norms"):
-                calibration = self._calibration(looked_at, device)
-                assert calibration is not None
-                renewed = recalibrate(model, calibration)
-        with self._timed("accuracy after"):
-            after = images.accuracy(_twin(model, device), device, self.progress)
-        calibrated = self._calibrated(images) if request.calibrates else None
-        facts = _facts(permutation, images, calibrated)
+        chosen = self._choose(view)
+        rows = tuple(map(partial(_apply, chosen), self.selection.targets, magnitudes))
+        renewed = self._recalibrate(view)
+        after = self._measure(view, "accuracy after")
+        calibrated = self._calibrated(view)
         measured = Measured(calibrated, permutation, before, after, renewed)
-        return Pruned(request.method, self.selection, masks, rows, facts), measured
+        facts = _facts(permutation, view, calibrated)
+        return Pruned(self.request.method, self.selection, chosen.masks, rows, facts), measured
 
     @contextlib.contextmanager
     def _timed(self, what: str) -> Iterator[None]:
         began = time.perf_counter()
         yield
         self.seconds[what] = time.perf_counter() - began
+
+    def _open(self) -> _View | None:
+        """Open the data, if any are named, and read the calibration images, if any are needed."""
+        request = self.request
+        if request.data is None:
+            return None
+        device = choose_device(request.device or "auto")
+        with self._timed("opening the data"):
+            twin = _twin(self.start.model, torch.device("cpu"))
+            kept, overrides = self.start.kept, request.overrides
+            images = open_images(twin, request.data, kept=kept, overrides=overrides, device=device)
+            looked_at = images.calibration(request.images, request.seed, self.progress) if request.calibrates else None
+        return _View(images, looked_at, device)
+
+    def _measure(self, view: _View | None, what: str) -> Accuracy | None:
+        if view is None:
+            return None
+        with self._timed(what):
+            return view.images.accuracy(_twin(self.start.model, view.device), view.device, self.progress)
 
     def _permute(self) -> Permutation | None:
         if not self.request.permute:
@@ -223,28 +241,34 @@ class _Work:
                 progress=lambda done, total: self.progress("permuting, sets of channels", done, total),
             )
 
-    def _prune(
-        self, calibration: Calibration | None, magnitudes: Sequence[float]
-    ) -> tuple[Mapping[str, Tensor], tuple[PrunedLayer, ...]]:
-        """Choose what stays and zero the rest; `magnitudes` are those of the layers before."""
+    def _choose(self, view: _View | None) -> Chosen:
+        """Decide what stays, by the method."""
+        score = find_score(self.request.method)
         with self._timed("scores and masks"):
-            chosen = find_score(self.request.method).choose(self.selection.targets, calibration)
-            rows = tuple(
-                _apply(target, chosen, magnitude)
-                for target, magnitude in zip(self.selection.targets, magnitudes, strict=True)
-            )
+            chosen = score.choose(self.selection.targets, self._calibration(view) if score.needs_images else None)
         self.notes = chosen.notes
-        return chosen.masks, rows
+        return chosen
 
-    def _calibration(self, looked_at: tuple[Tensor, Tensor] | None, device: torch.device) -> Calibration | None:
-        if looked_at is None:
+    def _recalibrate(self, view: _View | None) -> int:
+        """Renew the statistics of the batch norms, if that is asked for; how many there are."""
+        if not self.request.recalibrate_bn:
+            return 0
+        with self._timed("batch norms"):
+            return recalibrate(self.start.model, self._calibration(view))
+
+    def _calibration(self, view: _View | None) -> Calibration:
+        """The model as it is now, and the images to look at it with."""
+        assert view is not None
+        assert view.looked_at is not None
+        return Calibration(_twin(self.start.model, view.device), *view.looked_at, view.device, self.progress)
+
+    def _calibrated(self, view: _View | None) -> Calibrated | None:
+        if view is None or view.looked_at is None:
             return None
-        return Calibration(_twin(self.start.model, device), *looked_at, device, self.progress)
-
-    def _calibrated(self, images: Images) -> Calibrated:
-        method, renewing = find_score(self.request.method), self.request.recalibrate_bn
-        uses = ([self.request.method] if method.needs_images else []) + (["batch norms"] if renewing else [])
-        return Calibrated(images.source.name, self.request.images, self.request.seed, tuple(uses))
+        request = self.request
+        uses = [request.method] if find_score(request.method).needs_images else []
+        uses += ["batch norms"] if request.recalibrate_bn else []
+        return Calibrated(view.images.source.name, request.images, request.seed, tuple(uses))
 
 
 def _twin(model: nn.Module, device: torch.device) -> nn.Module:
@@ -252,15 +276,13 @@ def _twin(model: nn.Module, device: torch.device) -> nn.Module:
     return copy.deepcopy(model).float().eval().to(device)
 
 
-def _facts(
-    permutation: Permutation | None, images: Images | None = None, calibrated: Calibrated | None = None
-) -> dict[str, Any]:
+def _facts(permutation: Permutation | None, view: _View | None, calibrated: Calibrated | None) -> dict[str, Any]:
     """What the checkpoint says of how it was made."""
     facts: dict[str, Any] = {}
     if permutation is not None:
         facts["permuted"] = permutation.permuted
-    if images is not None:
-        facts["pixels"] = dataclasses.asdict(images.pixels)
+    if view is not None:
+        facts["pixels"] = dataclasses.asdict(view.images.pixels)
     if calibrated is not None:
         facts["calibration"] = dataclasses.asdict(calibrated)
     return facts
@@ -279,11 +301,11 @@ def _magnitude(target: Target) -> float:
 
 
 @torch.no_grad()
-def _apply(target: Target, chosen: Chosen, magnitude: float) -> PrunedLayer:
+def _apply(chosen: Chosen, target: Target, magnitude: float) -> PrunedLayer:
     """Zero what is not kept, and give what is kept its new values; `magnitude` is that of the layer before."""
     mask = chosen.masks[target.name]
     target.weight.masked_fill_(~mask, 0)
     kept = _magnitude(target) / magnitude if magnitude else 1.0
     if target.name in chosen.weights:
-        target.weight.copy_(chosen.weights[target.name].masked_fill(~mask, 0))
+        target.weight.copy_(chosen.weights[target.name])
     return row(target, mask, kept, chosen.errors.get(target.name))
