@@ -60,8 +60,8 @@ def shuffled(readers: Sequence[Reader]) -> Tensor:
 @pytest.fixture
 def any_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take a random order of every set that may have one, whatever it keeps."""
-    counted = itertools.count(1)
     monkeypatch.setattr(apply, "find_order", shuffled)
+    counted = itertools.count(1)
     monkeypatch.setattr(apply, "_kept", lambda targets: (float(next(counted)), 1e9))
 
 
@@ -257,6 +257,10 @@ def test_spaces_of_one_size_are_tied_and_reasons_travel() -> None:
     fix(c, "second")
     assert root(a)[0] is root(c)[0]
     assert root(c)[0].fixed == "first"
+    free, held = Space(8), Space(8)
+    fix(held, "third")
+    tie(free, held)
+    assert root(free)[0].fixed == "third"
 
 
 def test_runs_of_other_lengths_that_do_not_divide_fix_both() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -91,35 +92,31 @@ def permute(
     Raises:
         ModelError: if torch.fx cannot trace the model, or its logits would not be the same; it is unchanged then.
     """
-    training = model.training
-    model.eval()
-    try:
+    with _in_eval_mode(model):
         places = find_places(model, torch.zeros(2, *image_size, dtype=_dtype(model)))
         images = torch.rand(2, *image_size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         logits = _logits(model, images)
         before, total = _kept(targets)
-        spaces = _read(places, targets)
-        sets: list[ChannelSet] = []
-        orders: list[tuple[list[_Member], Tensor]] = []
-        for number, (space, read) in enumerate(spaces):
-            progress(number, len(spaces))
-            found, order = _improve(space, read, places, targets)
-            sets.append(found)
-            if order is not None:
-                orders.append((_members(places, space), order))
-        progress(len(spaces), len(spaces))
-        difference = _difference(logits, _logits(model, images))
-        if not difference <= TOLERANCE:
-            for members, order in orders:
+        done: list[tuple[list[_Member], Tensor]] = []
+        try:
+            sets = _improve_all(places, targets, done, progress)
+            difference = _checked(logits, _logits(model, images))
+        except BaseException:
+            for members, order in reversed(done):
                 _reorder(members, order.argsort())
-            raise ModelError(
-                f"channels cannot be permuted: the logits would change by {difference:.1e} of the largest, at most "
-                f"{TOLERANCE:.0e} is rounding; leave the permutation out"
-            )
-        after, _ = _kept(targets)
-        return Permutation(tuple(sets), before / total, after / total, difference)
+            raise
+        return Permutation(sets, _share(before, total), _share(_kept(targets)[0], total), difference)
+
+
+@contextlib.contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
@@ -134,8 +131,23 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:
     return logits
 
 
-def _difference(before: Tensor, after: Tensor) -> float:
-    return float((before - after).abs().max() / before.abs().max().clamp_min(torch.finfo(torch.float64).tiny))
+def _checked(before: Tensor, after: Tensor) -> float:
+    """The largest difference of logits as a share of the largest logit.
+
+    Raises:
+        ModelError: if it is more than rounding.
+    """
+    difference = float((before - after).abs().max() / before.abs().max().clamp_min(torch.finfo(torch.float64).tiny))
+    if not difference <= TOLERANCE:
+        raise ModelError(
+            f"channels cannot be permuted: the logits would change by {difference:.1e} of the largest, at most "
+            f"{TOLERANCE:.0e} is rounding; leave the permutation out"
+        )
+    return difference
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else 1.0
 
 
 def _kept(targets: Sequence[Target]) -> tuple[float, float]:
@@ -168,30 +180,46 @@ def _reorder(members: Sequence[_Member], order: Tensor) -> None:
         member.reorder(order)
 
 
-def _improve(
-    space: Space, read: Sequence[Target], places: Places, targets: Sequence[Target]
-) -> tuple[ChannelSet, Tensor | None]:
-    """Find and apply a better order of one space; None where it stays as it is."""
-    names = tuple(target.name for target in read)
-    before, total = _kept(read)
-    share = before / total if total else 1.0
-    reason = space.fixed or _runs(space, read)
-    if reason:
-        return ChannelSet(names, space.size, share, share, reason), None
-    members = _members(places, space)
-    order = find_order([reader(target.weight, target.pattern) for target in read])
-    # With vectors of output channels the layers that write these channels have other vectors now.
-    affected = [t for t in targets if any(m.place.tensor is t.weight for m in members)]
-    former, _ = _kept(affected)
-    _reorder(members, order)
-    if not _kept(affected)[0] > former:
-        _reorder(members, order.argsort())
-        return ChannelSet(names, space.size, share, share, "no better order was found"), None
-    return ChannelSet(names, space.size, share, _kept(read)[0] / total), order
+def _improve_all(
+    places: Places,
+    targets: Sequence[Target],
+    done: list[tuple[list[_Member], Tensor]],
+    progress: Callable[[int, int], None],
+) -> tuple[ChannelSet, ...]:
+    """Find and apply an order of every set; what is applied is noted in `done` at once."""
+    spaces = _read(places, targets)
+    sets = []
+    for number, (space, read) in enumerate(spaces):
+        progress(number, len(spaces))
+        before, total = _kept(read)
+        reason = space.fixed or _runs(space, read) or _improve(_members(places, space), read, targets, done)
+        names, after = tuple(target.name for target in read), _kept(read)[0]
+        sets.append(ChannelSet(names, space.size, _share(before, total), _share(after, total), reason))
+    progress(len(spaces), len(spaces))
+    return tuple(sets)
 
 
 def _runs(space: Space, read: Sequence[Target]) -> str:
     """Why a space cannot be searched although nothing holds it, or ""."""
     if any(target.weight.shape[1] != space.size for target in read):
         return "flattened pixels: a sparse layer reads runs of one channel"
+    return ""
+
+
+def _improve(
+    members: list[_Member],
+    read: Sequence[Target],
+    targets: Sequence[Target],
+    done: list[tuple[list[_Member], Tensor]],
+) -> str:
+    """Find and apply a better order of one set; why it stays as it is, or ""."""
+    order = find_order([reader(target.weight, target.pattern) for target in read])
+    # With vectors of output channels the layers that write these channels have other vectors now.
+    affected = [target for target in targets if any(member.place.tensor is target.weight for member in members)]
+    former, _ = _kept(affected)
+    _reorder(members, order)
+    if not _kept(affected)[0] > former:
+        _reorder(members, order.argsort())
+        return "no better order was found"
+    done.append((members, order))
     return ""
