@@ -176,7 +176,7 @@ def test_a_global_ranking_gives_layers_what_they_are_worth() -> None:
 def test_a_state_within_an_epoch_goes_on_bit_for_bit() -> None:
     """Clock and masks are part of it."""
     ends = []
-    for stop in (None, (2, 2)):
+    for stop in (None, (2, 1)):
         model = network()
         optimizer = MOMENTUM(model.parameters())
         options: dict[str, Any] = {"method": "gmp", "epochs": EPOCHS, "layers": LAYERS, "every": 2, "t_f": 5}
