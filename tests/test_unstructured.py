@@ -220,6 +220,7 @@ def test_a_run_is_planned_trained_verified_and_resumed(method: str, tmp_path: Pa
     for counted in outcome.report.counted:
         weight = first.model.get_parameter(counted.name)
         assert counted.nonzeros == counted.claimed == int((weight != 0).sum()) <= weight.numel()
+    assert first.pruner.density() < 0.8  # a smoke run meets removal, whatever the method is told
     if method in TOLD:
         sizes = sum(target.weight.numel() for target in first.pruner.targets)
         assert sum(layer.nonzeros for layer in outcome.report.counted) == pytest.approx(0.1 * sizes, abs=20)

@@ -49,6 +49,10 @@ class SoftThresholdOptions(MethodOptions):
         default=None, description="weight decay of s, which makes the model sparse; left out: that of the weights"
     )
 
+    def shortened(self, epochs: int) -> dict[str, Any]:
+        """A threshold that is felt at once: few updates would not raise a low one."""
+        return {"s_init": -4.0}
+
 
 class SoftThreshold(ShadowPruner):
     """STR at work."""
