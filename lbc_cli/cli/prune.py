@@ -14,6 +14,7 @@ from lbc_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from lbc_cli.oneshot import Start
+    from lbc_cli.report import Console
 
 _ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
 
@@ -89,17 +90,21 @@ def prune(
     check_free(out)
     if seed is not None and weights != oneshot.RANDOM and not request.calibrates:
         raise UsageError("--seed is for random weights and calibration images: add --weights random, or leave it out")
-    start = _start(model, weights, seed, key, arguments)
+    start = _start(console, model, weights, seed, key, arguments)
     console.info(f"{start.arch}, weights: {start.origin}")
     with pruning_progress(console) as progress:
         outcome = oneshot.prune(start, pattern=text, out=out, layers=chosen, progress=progress, **asked)
     console.json(pruned_record(outcome)) if as_json else print_pruned(console, outcome)
 
 
-def _start(model: str, weights: str | None, seed: int | None, key: str | None, arguments: dict[str, Any]) -> Start:
+def _start(
+    console: Console, model: str, weights: str | None, seed: int | None, key: str | None, arguments: dict[str, Any]
+) -> Start:
     from lbc_cli import oneshot
 
     if not _is_path(model):
+        if weights in (None, oneshot.PRETRAINED):
+            console.info(f"loading timm's pretrained weights for {model}")
         return oneshot.from_name(
             model, weights=weights or oneshot.PRETRAINED, seed=seed or 0, key=key, kwargs=arguments
         )
