@@ -276,9 +276,13 @@ def test_training_starts_from_what_was_pruned(tmp_path: Path, method: str) -> No
     chosen = more if method in WITH_IMAGES else {}
     path = oneshot.prune(made, pattern="2:4", out=tmp_path / "m", method=method, permute=True, **chosen).path
     settings = ["model.name='test_resnet'", f"model.init='{path}'", "data.source='digits'", "data.workers=0"]
-    job = prepare(resolve(None, overrides=[*settings, "data.image_size=32", "train.device='cpu'"]))
+    asp = ["method.name='asp'", "sparsity.pattern='2:4'"]
+    job = prepare(resolve(None, overrides=[*settings, *asp, "data.image_size=32", "train.device='cpu'"]))
     for name, tensor in made.model.state_dict().items():
         assert torch.equal(job.model.state_dict()[name], tensor), name
+    job.pruner.begin_epoch(0)
+    for name, mask in job.pruner.masks().items():
+        assert torch.equal(mask, made.model.get_parameter(name) != 0), name
 
 
 # What is refused
