@@ -82,6 +82,8 @@ class Holder(nn.Module):
 
 
 class Entry:
+    structured = True
+
     def __init__(self, name: str, pattern: Pattern) -> None:
         self.name, self.pattern = name, pattern
 
