@@ -63,6 +63,7 @@ int64_t lbc_index_bytes(const LbcWeight *w) { return sizeof(LbcWeight); }
 int64_t lbc_pack(const LbcWeight *, const float *, void *, uint8_t *) { return -1; }
 void lbc_unpack(const LbcWeight *, const void *, const uint8_t *, float *) {}
 int32_t lbc_run(const LbcWeight *, const LbcCall *c) { return c->fork ? (int32_t)c->threads : (int32_t)c->relu; }
+int32_t lbc_run_all(int64_t n, const LbcWeight *, const LbcCall *) { return (int32_t)n; }
 double lbc_rate(int32_t, int32_t) { return 0.5; }
 LBC_EXPORT int32_t levels() {
 #ifdef LBC_X86
@@ -292,7 +293,7 @@ def test_a_library_of_other_sources_is_refused(built: Path, tmp_path: Path) -> N
 @compiled
 def test_a_library_of_another_interface_is_refused(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "INTERFACE", 7)
-    assert "have interface 1, this version of lbc needs 7" in refused(built)
+    assert "have interface 2, this version of lbc needs 7" in refused(built)
 
 
 @compiled
