@@ -706,5 +706,7 @@ def test_the_loop_names_no_method_and_no_task() -> None:
 
     assert loop.__file__ is not None
     for file in Path(loop.__file__).parent.glob("*.py"):
-        words = set(re.findall(r"[a-z]+[0-9]*", file.read_text().lower().replace("lbc_cli", "")))
-        assert not words & {*METHODS, *TASKS, "top1"}, file
+        text = file.read_text()
+        words = set(re.findall(r"[a-z]+[0-9]*", text.lower().replace("lbc_cli", "")))
+        assert not words & ({*METHODS, *TASKS, "top1"} - {"str"}), file  # str is Python's, unless it stands in quotes
+        assert not [name for name in METHODS if f'"{name}"' in text], file
