@@ -188,6 +188,7 @@ def test_a_sparsity_that_leaves_nothing_of_a_layer_is_refused() -> None:
 def test_help_says_how_unstructured_methods_are_told_how_much() -> None:
     text = " ".join(CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "200"}).stdout.split())
     assert "method.sparsity" in text
+    assert all(name in text for name in METHODS)
 
 
 @METHOD

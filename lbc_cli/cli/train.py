@@ -35,8 +35,8 @@ def train(
         str | None,
         typer.Option(
             "--method",
-            help="lbc, or dense for the baseline; gmp, rigl and dnw remove a share of all weights, --set "
-            "method.sparsity=0.9, and take no --pattern.",
+            help="lbc if not said, sr-ste, asp or maskllm; dense for the baseline. Without a --pattern: gmp, rigl and "
+            "dnw, which remove a share of all weights (--set method.sparsity=0.9), and str, whose thresholds decide.",
         ),
     ] = None,
     epochs: Annotated[int | None, typer.Option("--epochs", metavar="N", help="Passes over the data.")] = None,
