@@ -16,7 +16,8 @@ about 2e-5 for weights and thresholds alike).
 
 Deviations
     * `s_decay` may differ from the weights' decay. It has to in short runs: what s moves by goes with the sum of
-      lr * decay over all updates, and this is how a run of 500 updates does what one of 500,000 does.
+      lr * decay over all updates, and this is how a run of 500 updates does what one of 500,000 does. (test_resnet with
+      the recipe digits, seed 0: the weights' 5e-4 ended at density 0.99, s_decay = 0.01 at 0.22, 0.02 at 0.02.)
     * s is trained by the weights' SGD rule: learning rate, momentum, dampening, Nesterov. Under another optimizer than
       SGD it is plain SGD at that optimizer's learning rate; the authors use SGD only.
     * s takes no part in the norm of the gradients; where they are clipped, dL/ds follows from the clipped ones.
