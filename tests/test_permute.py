@@ -53,7 +53,7 @@ def targets_of(model: nn.Module, pattern: str = "2:4", layers: dict[str, str] | 
 
 
 def shuffled(readers: Sequence[Reader]) -> Tensor:
-    channels = readers[0].magnitudes.shape[1]
+    channels = len(readers[0].magnitudes)
     return torch.randperm(channels, generator=torch.Generator().manual_seed(channels))
 
 
@@ -182,9 +182,9 @@ def test_structures_are_followed_or_left_with_a_reason(any_order: None) -> None:
     assert reasons[("last.weight",)] == ""
     assert reasons[("head.weight",)] == ""
     assert "joins neighbours" in reasons[("after.weight",)]
-    order = shuffled([Reader(torch.zeros(1, 8), 2, 4)])
+    order = shuffled([Reader(torch.zeros(8, 1), 2, 4)])
     assert torch.equal(model.get_parameter("stem.weight"), stem[order])
-    runs = flat[shuffled([Reader(torch.zeros(1, 12), 2, 4)])]
+    runs = flat[shuffled([Reader(torch.zeros(12, 1), 2, 4)])]
     assert torch.equal(model.get_parameter("flat.weight"), runs), "its inputs come from channels nobody sparse reads"
 
 
@@ -207,7 +207,7 @@ def test_flattened_pixels_follow_their_channels_in_runs(any_order: None) -> None
     found = permute(model, targets_of(model), (3, 4, 4))
     assert found.permuted == 1
     torch.testing.assert_close(copy.deepcopy(model).double()(images), before, rtol=1e-12, atol=1e-12)
-    order = shuffled([Reader(torch.zeros(1, 8), 2, 4)])
+    order = shuffled([Reader(torch.zeros(8, 1), 2, 4)])
     expected = head.reshape(5, 8, 16)[:, order].reshape(5, -1)
     assert torch.equal(model.get_parameter("head.weight"), expected)
 
@@ -242,7 +242,7 @@ def test_shared_and_tied_weights_keep_one_order(any_order: None) -> None:
     found = permute(model, targets_of(model), (3, 4, 4))
     assert found.permuted == 1
     torch.testing.assert_close(copy.deepcopy(model).double()(images), before, rtol=1e-12, atol=1e-12)
-    order = shuffled([Reader(torch.zeros(1, 8), 2, 4)])
+    order = shuffled([Reader(torch.zeros(8, 1), 2, 4)])
     assert torch.equal(model.loop.weight, loop[order][:, order])
 
 
@@ -413,7 +413,7 @@ def test_no_exchange_of_two_channels_is_left_that_would_gain() -> None:
 
 
 def test_many_rows_are_sampled_and_all_of_them_decide(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lbc_cli.permute.search.ROWS", 8)
+    monkeypatch.setattr("lbc_cli.permute.search.PROPOSE", 8)
     torch.manual_seed(2)
     weight = torch.randn(256, 32) * (0.1 + torch.rand(1, 32))
     parsed = Pattern(2, 4)
