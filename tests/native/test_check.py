@@ -99,9 +99,9 @@ def test_installed_kernels_touch_nothing_beside_their_tensors(installed: Path) -
     ("right", "wrong", "code"),
     [
         ("i < w.in; i++)\n", "i < w.in - 1; i++)\n", 1),
-        ("channels - 1) + 1; }", "channels - 1); }", -signal.SIGSEGV),
+        ("index(lbc_index_bytes(&w), ", "index(lbc_index_bytes(&w) - 1, ", -signal.SIGSEGV),
     ],
-    ids=["an oracle without the last weight", "tensors that lack their last float"],
+    ids=["an oracle without the last weight", "an index that lacks its last byte"],
 )
 def test_the_check_finds_what_is_wrong(right: str, wrong: str, code: int, tmp_path: Path) -> None:
     text = CHECK.read_text()
