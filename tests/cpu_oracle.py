@@ -38,12 +38,11 @@ def sparse_weight(
 
 
 def kept(weight: Array, n: int, m: int, vector: int) -> NDArray[np.bool_]:
-    """What is stored of a weight: what any of the channels that share a mask uses, then the lowest free places."""
+    """What is stored of a weight without -0.0: what any channel of a mask uses, then the lowest free places."""
     out, inputs, kh, kw = weight.shape
     mask = np.zeros(weight.shape, bool)
-    bits = weight.view(np.uint32)
     for o, i, r, s in itertools.product(range(0, out, vector), range(0, inputs, m), range(kh), range(kw)):
-        used = [c for c in range(i, i + m) if bits[o : o + vector, c, r, s].any()]
+        used = [c for c in range(i, i + m) if weight[o : o + vector, c, r, s].any()]
         assert len(used) <= n
         free = [c for c in range(i, i + m) if c not in used]
         mask[o : o + vector, [*used, *free[: n - len(used)]], r, s] = True

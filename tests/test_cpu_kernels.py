@@ -498,7 +498,7 @@ def test_any_single_weight_too_many_is_found(nm: tuple[int, int], vector: int) -
     random = np.random.default_rng(0)
     for o, i, r, s in random.permutation(places)[:500]:
         spoilt = weight.copy()
-        spoilt[o, i, r, s] = random.choice([1.0, -0.0, np.nan, 1e-45])
+        spoilt[o, i, r, s] = random.choice([1.0, -1.0, np.nan, 1e-45])
         first, group = o // vector * vector, i // m * m
         rows = spoilt[first : first + vector, group : group + m, r, s].view(np.uint32)
         fault = group + np.flatnonzero(rows.any(0))[n]
@@ -510,6 +510,31 @@ def test_any_single_weight_too_many_is_found(nm: tuple[int, int], vector: int) -
         assert str(caught.value) == f"the weight does not hold {n}:{m}{shared}: one too many at {place}"
     values, index = cpu_ops.pack(torch.from_numpy(weight), packing)
     assert same(cpu_ops.unpack(values, index, packing), torch.from_numpy(weight))
+
+
+@pytest.mark.parametrize("vector", [1, 16, 32])
+@pytest.mark.parametrize("nm", [(2, 4), (1, 8), (7, 16), (3, 32)], ids=str)
+def test_negative_zeros_are_zeros(nm: tuple[int, int], vector: int) -> None:
+    """As `weight * mask` leaves them: too many for a group, they lose their sign; with room for them they keep it."""
+    n, m = nm
+    weight = sparse_weight((35, 2 * m, 1, 2), n, m, vector, seed=0)
+    layer = packed(np.where(weight, weight, np.float32(-0.0)), n, m, vector)
+    assert same(cpu_ops.unpack(*layer), torch.from_numpy(weight))
+    lonely = np.zeros_like(weight)
+    lonely[:, m - n : m] = -0.0
+    assert same(cpu_ops.unpack(*packed(lonely, n, m, vector)), torch.from_numpy(lonely))
+
+
+def test_subnormal_weights_survive_where_they_count_as_zero() -> None:
+    weight = np.zeros((16, 16, 1, 1), np.float32)
+    weight.view(np.uint32)[:, 2::4] = 1
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush subnormal numbers")
+    try:
+        layer = packed(weight, 1, 4)
+    finally:
+        torch.set_flush_denormal(False)
+    assert same(cpu_ops.unpack(*layer), torch.from_numpy(weight))
 
 
 HUGE = 2**62

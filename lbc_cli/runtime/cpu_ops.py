@@ -99,7 +99,7 @@ def pack(weight: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
 
 
 def unpack(values: Tensor, index: Tensor, packing: Packing) -> Tensor:
-    """The dense weight, float32 [O, I, kh, kw]: bit for bit what was packed, the sign of zeros included.
+    """The dense weight, float32 [O, I, kh, kw]: bit for bit what was packed, but for -0.0 that found no room.
 
     Raises:
         ValueError: for values or an index that are not those of the packing.

@@ -70,7 +70,7 @@ LBC_EXPORT int64_t lbc_values(const LbcWeight *weight);
 LBC_EXPORT int64_t lbc_index_bytes(const LbcWeight *weight);
 
 // Packs a contiguous dense weight. Returns -1, or the flat position in `dense` of the first non-zero that is one too
-// many for its group.
+// many for its group. -0.0 is a zero, kept where there is room for it.
 LBC_EXPORT int64_t lbc_pack(const LbcWeight *weight, const float *dense, void *values, uint8_t *index);
 
 // The inverse: every element of `dense` is written; what is not kept becomes +0.0.

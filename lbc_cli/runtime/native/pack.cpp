@@ -24,21 +24,28 @@ struct Group {
     }
     bool real(int64_t lane) const { return block * l.block + lane < w.out && channel < w.in; }
 
-    // The N positions to keep of some lanes that share them: those in use, then the lowest free ones, ascending.
-    // Returns -1, or the flat position of one too many.
+    // The N positions to keep of some lanes that share them: those in use, then those that hold -0.0, then the lowest
+    // free ones, ascending. Returns -1, or the flat position of one too many.
     int64_t keep(const float *dense, int64_t lane, int64_t lanes, int64_t *kept) const {
         int64_t used = 0;
-        bool is_used[32] = {};
+        bool is_used[32] = {}, is_negative[32] = {};
         for (int64_t i = 0; i < w.m; i++) {
             for (int64_t j = lane; j < lane + lanes && !is_used[i]; j++) {
-                if (!real(j) || !bits_of(dense[at(j, i)])) continue;
+                if (!real(j)) continue;
+                // By its bits: for a processor that is told so, subnormal numbers equal 0.
+                const uint32_t bits = bits_of(dense[at(j, i)]);
+                if (bits << 1 == 0) {
+                    is_negative[i] = is_negative[i] || bits;
+                    continue;
+                }
                 if (used == w.n) return at(j, i);
                 is_used[i] = true;
                 used++;
             }
         }
-        for (int64_t i = 0; i < w.m && used < w.n; i++)
-            if (!is_used[i]) is_used[i] = true, used++;
+        for (const bool any : {false, true})
+            for (int64_t i = 0; i < w.m && used < w.n; i++)
+                if (!is_used[i] && (any || is_negative[i])) is_used[i] = true, used++;
         for (int64_t i = 0; i < w.m; i++)
             if (is_used[i]) *kept++ = i;
         return -1;
