@@ -429,3 +429,21 @@ class PaperMaskLlm:
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+
+def best_transposable_block(scores: list[list[float]], n: int) -> tuple[float, list[list[int]]]:
+    """The square 0/1 matrix with n ones in every row and column that keeps the largest sum, by trying every matrix.
+
+    Of equal sums the one that reads largest as a number of its rows, first row first.
+    """
+    m = len(scores)
+    best: tuple[float, list[list[int]]] | None = None
+    for bits in itertools.product((1, 0), repeat=m * m):  # ones first: larger readings come first
+        rows = [list(bits[m * row : m * (row + 1)]) for row in range(m)]
+        if any(sum(row) != n for row in rows) or any(sum(column) != n for column in zip(*rows, strict=True)):
+            continue
+        total = math.fsum(scores[i][j] for i in range(m) for j in range(m) if rows[i][j])
+        if best is None or total > best[0]:
+            best = total, rows
+    assert best is not None
+    return best

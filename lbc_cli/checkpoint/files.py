@@ -15,6 +15,8 @@ from pathlib import Path
 
 from lbc_cli.errors import OutputError
 
+TEMPORARY = ".lbc-tmp-"  # in the names of files that are being written
+
 Buffer = bytes | bytearray | memoryview
 _WRITE_BYTES = 1 << 24
 
@@ -74,7 +76,7 @@ def remove_stale(path: str | os.PathLike[str]) -> list[Path]:
         What was removed.
     """
     target = Path(path)
-    name = re.compile(re.escape(f".{target.name}.lbc-tmp-") + r"(\d+)")
+    name = re.compile(re.escape(f".{target.name}{TEMPORARY}") + r"(\d+)")
     removed = []
     for entry in sorted(target.parent.iterdir()) if target.parent.is_dir() else []:
         match = name.fullmatch(entry.name)
@@ -99,7 +101,7 @@ def _is_another_running(pid: int) -> bool:
 
 
 def _write_and_rename(final: Path, chunks: Iterable[Buffer], head: Callable[[], Buffer] | None) -> None:
-    temporary = final.with_name(f".{final.name}.lbc-tmp-{os.getpid()}")
+    temporary = final.with_name(f".{final.name}{TEMPORARY}{os.getpid()}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
         try:

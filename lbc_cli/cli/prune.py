@@ -41,6 +41,9 @@ def prune(
     permute: Annotated[
         bool, typer.Option("--permute", help="Permute channels first: more is kept, the function stays the same.")
     ] = False,
+    transposable: Annotated[
+        bool, typer.Option("--transposable", help="Keep N of M along the output channels too: W and its transpose.")
+    ] = False,
     recalibrate_bn: Annotated[
         bool, typer.Option("--recalibrate-bn", help="Renew batch-norm statistics on the calibration images.")
     ] = False,
@@ -82,6 +85,7 @@ def prune(
         "calibration": calibration,
         "seed": seed or 0,
         "permute": permute,
+        "transposable": transposable,
         "recalibrate_bn": recalibrate_bn,
         "device": device,
         "overrides": tuple(prepared),

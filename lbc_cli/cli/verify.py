@@ -28,6 +28,9 @@ def verify(
     against: Annotated[
         Path | None, typer.Option("--against", metavar="PATH", help="Check that this artefact holds the same weights.")
     ] = None,
+    transposable: Annotated[
+        bool, typer.Option("--transposable", help="The pattern must hold along the output channels too.")
+    ] = False,
     data: Annotated[str | None, typer.Option("--data", metavar="D", help="Measure the accuracy on this data.")] = None,
     min_top1: Annotated[
         float | None, typer.Option("--min-top1", metavar="X", min=0, max=100, help="Percent that --data must reach.")
@@ -54,6 +57,7 @@ def verify(
         model=model,
         against=against,
         values_only=data is not None,
+        transposable=transposable,
     )
     if data is not None and report.ok:
         # What says itself which model it is needs no name, and takes none.

@@ -47,6 +47,14 @@ class MethodOptions(BaseModel):
         """
         return {}
 
+    def pinned(self, epochs: int) -> dict[str, Any]:
+        """Option -> value of those that were left out and follow from the length of the run; here there are none.
+
+        Args:
+            epochs: that length.
+        """
+        return {}
+
 
 class Pruner(abc.ABC):
     """One method at work on one model and one optimizer.

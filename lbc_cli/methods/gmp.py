@@ -62,6 +62,10 @@ class GmpOptions(SparsityOptions):
         """Removal from the first epoch to the middle, within epochs too if that was asked for."""
         return {"t_i": 0, "t_f": epochs // 2, "every": min(self.every, 1)}
 
+    def pinned(self, epochs: int) -> dict[str, Any]:
+        """The end of the ramp."""
+        return {"t_f": Ramp.over(epochs, self.t_i, self.t_f).t_f} if self.t_f is None else {}
+
 
 class Gmp(UnstructuredPruner):
     """GMP at work.

@@ -83,6 +83,10 @@ class LbcOptions(MethodOptions):
         """Removal from the first epoch to the middle."""
         return {"t_i": 0, "t_f": epochs // 2}
 
+    def pinned(self, epochs: int) -> dict[str, Any]:
+        """The end of the ramp."""
+        return {"t_f": Ramp.over(epochs, self.t_i, self.t_f, self.rounding).t_f} if self.t_f is None else {}
+
 
 @dataclass(slots=True, eq=False)
 class LbcState:

@@ -14,6 +14,7 @@ Deviations
     * One run has one learning-rate schedule. Theirs begins anew after pruning: to have that, train dense in one run and
       go on in another with `--init`.
     * Their permutation of input channels before pruning is not part of training; `lbc prune` does what comes before.
+    * `transposable = true` takes the mask that is N:M in both directions (see `transposable`) in place of theirs.
     * With vector-wise masks a position's magnitude is summed over the V rows that share the mask. Ties go to the lower
       position.
 """
@@ -33,6 +34,7 @@ from lbc_cli.methods import optimizers
 from lbc_cli.methods.base import MethodOptions, Pruner, State, check_options
 from lbc_cli.methods.tensors import copy_like, held_bytes
 from lbc_cli.targets import Selection, Target
+from lbc_cli.transposable import check_layers, transposable_mask
 
 
 class AspOptions(MethodOptions):
@@ -40,6 +42,10 @@ class AspOptions(MethodOptions):
 
     dense_epochs: Annotated[int, Field(ge=0)] = Field(
         default=0, description="epochs of dense training before the weights are pruned; 0 prunes the given weights"
+    )
+
+    transposable: bool = Field(
+        default=False, description="keep N of M along the output channels too, so that W and its transpose are N:M"
     )
 
     def shortened(self, epochs: int) -> dict[str, Any]:
@@ -64,6 +70,8 @@ class Asp(Pruner):
                 f"dense_epochs = {options.dense_epochs}: a run of {epochs} epochs would never prune; set it to "
                 f"{epochs - 1} or less"
             )
+        if options.transposable:
+            check_layers(selection.targets)
         self.options = options
         super().__init__(optimizer, selection, epochs)
         self._removed: dict[str, Tensor] = {}
@@ -111,7 +119,8 @@ class Asp(Pruner):
         weight = target.weight.detach()
         if not bool(weight.isfinite().all()):
             raise DivergenceError(f"{target.name} is not finite: there is no magnitude to prune it by")
-        removed = copy_like(weight, ~patterns.magnitude_mask(weight, target.pattern))
+        choose = transposable_mask if self.options.transposable else patterns.magnitude_mask
+        removed = copy_like(weight, ~choose(weight.abs(), target.pattern))
         self._removed[target.name] = removed
         self._restore(target)
         optimizers.clear_state(self._optimizer, target.weight, removed)

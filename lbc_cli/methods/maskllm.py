@@ -86,6 +86,10 @@ class MaskLlmOptions(MethodOptions):
         """Masks fixed in the middle."""
         return {"t_f": epochs // 2}
 
+    def pinned(self, epochs: int) -> dict[str, Any]:
+        """The end of the ramp."""
+        return {"t_f": Ramp.over(epochs, 0, self.t_f).t_f} if self.t_f is None else {}
+
 
 class MaskLlm(ShadowPruner):
     """MaskLLM at work.

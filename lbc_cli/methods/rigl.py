@@ -75,6 +75,10 @@ class RigLOptions(SparsityOptions):
         """Changes after every update, until three quarters of the epochs."""
         return {"every": 1, "t_end": 3 * epochs // 4}
 
+    def pinned(self, epochs: int) -> dict[str, Any]:
+        """The end of the changes."""
+        return {"t_end": 3 * epochs // 4} if self.t_end is None else {}
+
 
 class RigL(UnstructuredPruner):
     """RigL at work.

@@ -22,6 +22,7 @@ Deviations
     * The term is added once per update, after clipping, as weight decay is: in the authors' code once per backward
       pass, so that accumulating K batches made it K times as large, and a loss scale made it vanish.
     * Ties go to the lower position; the authors' argsort leaves them open.
+    * `transposable = true` draws masks that are N:M in both directions (see `transposable`), as Hubara et al. do.
     * With vector-wise masks a position's magnitude is summed over the V rows that share the mask.
 """
 
@@ -40,6 +41,7 @@ from lbc_cli.methods.shadow import ShadowPruner
 from lbc_cli.patterns import Pattern
 from lbc_cli.schedules import Ramp
 from lbc_cli.targets import Selection, Target
+from lbc_cli.transposable import check_layers, transposable_mask
 
 
 class SrSteOptions(MethodOptions):
@@ -56,9 +58,17 @@ class SrSteOptions(MethodOptions):
         default=None, description="gradual: first epoch at which N of M are kept; left out: half the epochs"
     )
 
+    transposable: bool = Field(
+        default=False, description="keep N of M along the output channels too, so that W and its transpose are N:M"
+    )
+
     def shortened(self, epochs: int) -> dict[str, Any]:
         """The ramp from the first epoch to the middle, if there is one."""
         return {"t_i": 0, "t_f": epochs // 2} if self.schedule == "gradual" else {}
+
+    def pinned(self, epochs: int) -> dict[str, Any]:
+        """The end of the ramp, where there is one."""
+        return {"t_f": self.ramp(epochs).t_f} if self.schedule == "gradual" and self.t_f is None else {}
 
     def ramp(self, epochs: int) -> Ramp:
         """The schedule over a run.
@@ -89,6 +99,8 @@ class SrSte(ShadowPruner):
     def __init__(
         self, model: nn.Module, optimizer: Optimizer, selection: Selection, epochs: int, options: SrSteOptions
     ) -> None:
+        if options.transposable:
+            check_layers(selection.targets)
         self.options = options
         self.ramp = options.ramp(epochs)
         super().__init__(optimizer, selection, epochs)
@@ -121,7 +133,10 @@ class SrSte(ShadowPruner):
         super()._schedule(epoch)
 
     def _redraw(self, target: Target, dense: Tensor) -> Tensor | None:
-        return removed_by_magnitude(dense, target.pattern, self._kept[target.name])
+        keep, m = self._kept[target.name], target.pattern.m
+        if self.options.transposable and keep < m:
+            return ~transposable_mask(dense.abs(), Pattern(keep, m))
+        return removed_by_magnitude(dense, target.pattern, keep)
 
     def _correct_(self, target: Target, grad: Tensor, scale: float, group: dict[str, Any]) -> None:
         removed = self.removed(target)

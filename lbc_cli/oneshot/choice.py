@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lbc_cli.errors import MethodError
 from lbc_cli.patterns import from_groups, keep_best, to_groups
 from lbc_cli.targets import Target
+from lbc_cli.transposable import transposable_mask
 
 Progress = Callable[[str, int, int], None]
 """Told what is being done, how much of it is done, and how much there is."""
@@ -68,6 +69,10 @@ class Chosen:
     notes: tuple[str, ...] = ()
 
 
+Masker = Callable[[Tensor, Target], Tensor]
+"""From scores and a target to the mask of what stays."""
+
+
 def mask_by(scores: Tensor, target: Target) -> Tensor:
     """Keep the N positions of largest score in every group, summed over the V rows of a vector.
 
@@ -82,13 +87,31 @@ def mask_by(scores: Tensor, target: Target) -> Tensor:
     Raises:
         MethodError: if a score is not finite.
     """
-    if not scores.isfinite().all():
-        raise MethodError(
-            f"{target.name}: scores from the calibration images are NaN or Inf, so its weights cannot be ranked; check "
-            f"the images and how they are normalised"
-        )
+    _check_finite(scores, target)
     pattern = target.pattern
     sums = to_groups(scores, pattern).sum(dim=1)
     size = to_groups(target.weight.detach().double().abs(), pattern).sum(dim=1)
     kept = keep_best(sums, torch.ones_like(sums, dtype=torch.bool), pattern.n, lambda rows: size[rows])
     return from_groups(kept[:, None], target.weight.shape, pattern)
+
+
+def transposable_mask_by(scores: Tensor, target: Target) -> Tensor:
+    """Keep N of M along input and output channels, so that the sum of the scores is the largest; see `transposable`.
+
+    Args:
+        scores: float64 [O, I, *K], on the CPU.
+        target: the weight and its pattern.
+
+    Raises:
+        MethodError: if a score is not finite.
+    """
+    _check_finite(scores, target)
+    return transposable_mask(scores, target.pattern)
+
+
+def _check_finite(scores: Tensor, target: Target) -> None:
+    if not scores.isfinite().all():
+        raise MethodError(
+            f"{target.name}: scores from the calibration images are NaN or Inf, so its weights cannot be ranked; check "
+            f"the images and how they are normalised"
+        )

@@ -21,16 +21,17 @@ from lbc_cli.accuracy import Accuracy
 from lbc_cli.checkpoint.files import check_free
 from lbc_cli.errors import MethodError, ModelError, UsageError
 from lbc_cli.oneshot.batchnorm import check_batch_norms, recalibrate
-from lbc_cli.oneshot.choice import Calibration, Chosen, Progress, unheard
+from lbc_cli.oneshot.choice import Calibration, Chosen, Progress, transposable_mask_by, unheard
 from lbc_cli.oneshot.images import Images, open_images
 from lbc_cli.oneshot.outcome import Calibrated, Measured, Outcome, PrunedLayer
-from lbc_cli.oneshot.scores import find_score
+from lbc_cli.oneshot.scores import SCORES, find_score
 from lbc_cli.oneshot.starts import Start
 from lbc_cli.oneshot.writing import Pruned, finish, row
 from lbc_cli.patterns import Pattern
 from lbc_cli.permute import Permutation, permute
 from lbc_cli.targets import Selection, Target, find_targets
 from lbc_cli.training import choose_device
+from lbc_cli.transposable import check_layers
 
 CALIBRATION = 512
 
@@ -54,6 +55,8 @@ class Request:
     """Of the choice of calibration images."""
     permute: bool = False
     """Permute channels first."""
+    transposable: bool = False
+    """Keep N of M along the output channels as well."""
     recalibrate_bn: bool = False
     """Renew the statistics of batch norms on the calibration images."""
     device: str | None = None
@@ -63,6 +66,11 @@ class Request:
 
     def __post_init__(self) -> None:
         score = find_score(self.method)
+        if self.transposable and not score.any_mask:
+            raise MethodError(
+                f"--transposable: --method {self.method} decides column by column, from what it kept before; choose "
+                f"{', '.join(name for name, other in SCORES.items() if other.any_mask)}"
+            )
         if self.data is None:
             if score.needs_images:
                 raise MethodError(
@@ -112,6 +120,7 @@ def prune(
     calibration: int | None = None,
     seed: int = 0,
     permute: bool = False,
+    transposable: bool = False,
     recalibrate_bn: bool = False,
     device: str | None = None,
     overrides: Sequence[str] = (),
@@ -130,6 +139,7 @@ def prune(
         calibration: how many images; None: 512 where any are needed.
         seed: of the choice of calibration images.
         permute: permute channels first, so that more magnitude is kept; the function stays what it is.
+        transposable: keep N of M along the output channels as well.
         recalibrate_bn: renew the statistics of batch norms on the calibration images, after pruning.
         device: where images are looked at; None: a GPU where there is one.
         overrides: "data.KEY=VALUE" each: how images are prepared.
@@ -150,6 +160,7 @@ def prune(
         calibration=calibration,
         seed=seed,
         permute=permute,
+        transposable=transposable,
         recalibrate_bn=recalibrate_bn,
         device=device,
         overrides=overrides,
@@ -190,6 +201,8 @@ class _Work:
 
     def run(self) -> tuple[Pruned, Measured]:
         """Prune the model; what it became, and what was found out."""
+        if self.request.transposable:
+            check_layers(self.selection.targets)
         magnitudes = [_magnitude(target) for target in self.selection.targets]
         if self.request.recalibrate_bn:
             check_batch_norms(self.start.model, self.start.arch)
@@ -245,7 +258,9 @@ class _Work:
         """Decide what stays, by the method."""
         score = find_score(self.request.method)
         with self._timed("scores and masks"):
-            chosen = score.choose(self.selection.targets, self._calibration(view) if score.needs_images else None)
+            calibration = self._calibration(view) if score.needs_images else None
+            kind = (transposable_mask_by,) if self.request.transposable else ()
+            chosen = score.choose(self.selection.targets, calibration, *kind)
         self.notes = chosen.notes
         return chosen
 

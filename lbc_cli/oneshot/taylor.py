@@ -21,17 +21,18 @@ import torch
 from torch import Tensor
 
 from lbc_cli.errors import MethodError
-from lbc_cli.oneshot.choice import Calibration, Chosen, mask_by
+from lbc_cli.oneshot.choice import Calibration, Chosen, Masker, mask_by
 from lbc_cli.targets import Target
 from lbc_cli.tasks import Classification
 
 
-def by_taylor(targets: Sequence[Target], calibration: Calibration | None) -> Chosen:
+def by_taylor(targets: Sequence[Target], calibration: Calibration | None, mask: Masker = mask_by) -> Chosen:
     """Keep the weights of largest (w dL/dw)^2; L is the cross-entropy of one image.
 
     Args:
         targets: the weights, [O, I, *K] each.
         calibration: model, images and labels.
+        mask: from the scores to what stays.
 
     Raises:
         MethodError: if a weight takes no part in the loss, or a gradient is not finite.
@@ -41,7 +42,7 @@ def by_taylor(targets: Sequence[Target], calibration: Calibration | None) -> Cho
     masks = {}
     for target, square in zip(targets, squares, strict=True):
         scores = square.cpu().double() * target.weight.detach().double() ** 2 / len(calibration.images)
-        masks[target.name] = mask_by(scores, target)
+        masks[target.name] = mask(scores, target)
     return Chosen(masks)
 
 

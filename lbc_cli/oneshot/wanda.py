@@ -20,19 +20,20 @@ import torch
 from torch import Tensor
 
 from lbc_cli.errors import MethodError
-from lbc_cli.oneshot.choice import Calibration, Chosen, mask_by
+from lbc_cli.oneshot.choice import Calibration, Chosen, Masker, mask_by
 from lbc_cli.oneshot.inputs import Seen, Watch, from_order, not_seen
 from lbc_cli.targets import Target
 
 BATCH = 32
 
 
-def by_wanda(targets: Sequence[Target], calibration: Calibration | None) -> Chosen:
+def by_wanda(targets: Sequence[Target], calibration: Calibration | None, mask: Masker = mask_by) -> Chosen:
     """Keep the weights of largest |w| ||x||.
 
     Args:
         targets: the weights, [O, I, *K] each.
         calibration: model and images; the labels play no part.
+        mask: from the scores to what stays.
 
     Raises:
         MethodError: if a layer's inputs cannot be seen, or are not finite.
@@ -46,7 +47,7 @@ def by_wanda(targets: Sequence[Target], calibration: Calibration | None) -> Chos
         norms = squares[target.name].sqrt().cpu()  # [G, K * I]
         rows = norms.repeat_interleave(target.weight.shape[0] // len(norms), dim=0)
         scores = target.weight.detach().double().abs() * from_order(rows, target.weight.shape)
-        masks[target.name] = mask_by(scores, target)
+        masks[target.name] = mask(scores, target)
     return Chosen(masks)
 
 

@@ -8,6 +8,7 @@
     model      names and shapes against timm         against   the same weights in another artefact
     onnx       ONNX graphs                           report    what was found
     semi_structured    our semi-structured exports
+    transposed         the pattern along the output channels, where it is asked
 
 It shares no code with `packing`, `checkpoint` and `exports`, reads in small pieces, and never raises for a damaged
 file.
@@ -30,6 +31,7 @@ from lbc_cli.verifier.model import check_model
 from lbc_cli.verifier.onnx import verify_onnx
 from lbc_cli.verifier.report import CountedReport, DenseReport, Finding, LayerReport, Report, Violation
 from lbc_cli.verifier.semi_structured import verify_semi_structured
+from lbc_cli.verifier.transposed import check_transposed
 
 __all__ = ["CountedReport", "DenseReport", "Finding", "LayerReport", "Report", "Violation", "verify"]
 
@@ -45,6 +47,7 @@ def verify(
     model: str | None = None,
     against: str | os.PathLike[str] | None = None,
     values_only: bool = False,
+    transposable: bool = False,
 ) -> Report:
     """Verify an artefact: a checkpoint of lbc, a safetensors file, a timm folder, an ONNX file, an export of lbc.
 
@@ -58,6 +61,7 @@ def verify(
         model: timm name; names and shapes must be that model's, and it says which layers take the pattern.
         against: another artefact, of any kind, that must hold the same weights.
         values_only: without a pattern, look at the values of an artefact that carries none, instead of refusing it.
+        transposable: every layer must hold its pattern along the output channels too.
 
     Returns:
         The report; `ok` is False if the file is damaged, violates a pattern, or differs from model or `against`.
@@ -73,6 +77,8 @@ def verify(
         with open_artefact(Path(path)) as artefact:
             report.kind = artefact.kind
             _verify(artefact, rules, model, free, report)
+            if transposable and not _DAMAGE & {finding.rule for finding in report.findings}:
+                check_transposed(artefact, report)
             if against is not None:
                 _check_against(artefact, Path(against), report)
     except CheckpointError as error:

@@ -43,7 +43,7 @@ class LayerRules:
         Raises:
             PatternError: if one of them is no pattern.
         """
-        default = None if pattern is None else _parse(pattern)
+        default = None if pattern is None else parse_rule(pattern)
         vector = default.v if default else 1
         return cls(default, tuple((glob, _parse_glob(glob, text, vector)) for glob, text in (layers or {}).items()))
 
@@ -149,7 +149,12 @@ def _misfit(name: str, shape: tuple[int, ...], rule: Rule, known: bool) -> str:
     return ""
 
 
-def _parse(text: str, vector: int = 1) -> Rule:
+def parse_rule(text: str, vector: int = 1) -> Rule:
+    """Read N:M or N:M/V.
+
+    Raises:
+        PatternError: if it is no pattern.
+    """
     match = re.fullmatch(r"([1-9]\d?):([1-9]\d?)(?:/([1-9]\d{0,5}))?", text)
     if match and int(match[1]) < int(match[2]) <= 32:
         return Rule(int(match[1]), int(match[2]), int(match[3] or vector))
@@ -164,6 +169,6 @@ def _parse_glob(glob: str, text: str, vector: int) -> Rule | None:
     if text.strip().lower() == "dense":
         return None
     try:
-        return _parse(text, vector)
+        return parse_rule(text, vector)
     except PatternError as error:
         raise PatternError(f'layers: {glob!r} = {text!r}: {error}; or "dense"') from None
