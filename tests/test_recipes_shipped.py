@@ -20,9 +20,10 @@ from typer.testing import CliRunner
 from lbc_cli import paper, training
 from lbc_cli.cli import app
 from lbc_cli.methods import METHODS
-from lbc_cli.recipe import ResolvedRecipe, resolve, shipped_recipes
+from lbc_cli.recipe import ResolvedRecipe, resolve, shipped_recipes, shipped_sweeps
 from lbc_cli.runs import RunFolder, read_epochs
 from lbc_cli.smoke import smoke
+from lbc_cli.sweeps import read_sweep
 
 ROOT = Path(__file__).parents[1]
 PAPER = [name for name in shipped_recipes() if name.startswith("paper/")]
@@ -72,6 +73,18 @@ def test_every_recipe_runs_through_every_phase(name: str, tmp_path: Path) -> Non
     elif method["name"] == "asp":
         assert densities[:2] == [1.0, 1.0]
     assert epochs[-1]["phase"] == "final"
+
+
+@pytest.mark.parametrize("name", shipped_sweeps())
+def test_every_sweep_resolves_and_one_run_of_it_works(name: str, tmp_path: Path) -> None:
+    sweep = read_sweep(name, overrides=["data.source=digits"])
+    assert {run.seed for run in sweep.runs} == {0, 1, 2}
+    assert all(run.resolved.recipe.model.name == "resnet10t" for run in sweep.runs)
+    short = read_sweep(name, smoke=True)
+    assert len(short.runs) == len(sweep.runs)
+    last = short.runs[-1].resolved
+    outcome = training.run(training.prepare(last), RunFolder.create(tmp_path / "run"))
+    assert outcome.report.ok
 
 
 def test_a_smoke_run_takes_the_smallest_images_that_the_model_takes() -> None:

@@ -99,6 +99,19 @@ def test_methods_have_options_and_variants_change_several_keys(write: Write) -> 
     assert sweep.runs[2].resolved.recipe.method["removal"] == "candidates"
 
 
+def test_each_seed_begins_with_the_run_of_that_seed(write: Write) -> None:
+    path = write('model.init = ["runs/a-seed{seed}.safetensors", ""]\nseeds = [2, 7]')
+    sweep = read_sweep(path, overrides=["distill.teacher=t{seed}.safetensors"])
+    found = [(run.resolved.recipe.model.init, run.resolved.recipe.distill.teacher) for run in sweep.runs]
+    assert found == [
+        (init, f"t{seed}.safetensors") for seed in (2, 7) for init in (f"runs/a-seed{seed}.safetensors", "")
+    ]
+    assert sweep.runs[0].resolved.provenance["model.init"] == "grid.toml:7"
+    assert sweep.runs[0].resolved.provenance["distill.teacher"] == "--set"
+    # The file does not hinder a smoke run, which may come before it.
+    assert read_sweep(path, smoke=True).runs[0].resolved.recipe.model.init == ""
+
+
 def test_names_stay_apart_and_short(write: Write) -> None:
     sweep = read_sweep(write('optimizer.name = ["sgd", "adamw"]\nschedule.name = ["cosine", "poly"]'))
     assert names(sweep)[0] == "optimizer.namesgd-schedule.namecosine"

@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 
 @reported
 def sweep(
-    file: Annotated[Path, typer.Argument(help="A recipe with a [sweep] table of lists.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="A recipe with a [sweep] table of lists, or the name of one that is shipped (sweeps/methods)."
+        ),
+    ],
     *,
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where to, or what to go on with.")] = None,
     jobs: Annotated[int, typer.Option("--jobs", metavar="N", min=1, help="Runs at a time, one thread each.")] = 1,
@@ -38,8 +43,11 @@ def sweep(
     """
     console = make_console(quiet, verbose)
     from lbc_cli.sweeps import SweepFolder, read_sweep
+    from lbc_cli.trackers import check_trackers
 
     wanted = read_sweep(file, overrides=override or [], smoke=smoke)
+    for run in wanted.runs:
+        check_trackers(run.resolved.recipe.track)
     folder = SweepFolder(out if out is not None else Path("runs") / wanted.name)
     folder.check()
     states = folder.states(wanted)
@@ -100,6 +108,7 @@ def _run(sweep: Sweep, folder: SweepFolder, jobs: int, console: Console, as_json
             jobs,
             started=lambda name: console.detail(f"{name}: begun"),
             epoch=lambda name, record: console.detail(f"{name}: {_epoch(sweep, name, record)}"),
+            warning=lambda name, text: console.warning(f"{name}: {text}"),
             ended=ended,
             stop=stop,
         )

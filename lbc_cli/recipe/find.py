@@ -9,6 +9,7 @@ from pathlib import Path
 from lbc_cli.errors import RecipeError, did_you_mean
 
 SUFFIX = ".toml"
+SWEEPS = "sweeps/"
 
 # Trained for these models and data; everything else gets the default of its family.
 _FOR_DATA = {"digits": "digits"}
@@ -39,6 +40,15 @@ def recipe_folder() -> Path:
 
 def shipped_recipes() -> dict[str, Path]:
     """The recipes that come with `lbc`, by name, in alphabetical order; a folder is part of the name ("paper/x")."""
+    return {name: path for name, path in _shipped().items() if not name.startswith(SWEEPS)}
+
+
+def shipped_sweeps() -> dict[str, Path]:
+    """The tables of runs that come with `lbc`, likewise ("sweeps/x")."""
+    return {name: path for name, path in _shipped().items() if name.startswith(SWEEPS)}
+
+
+def _shipped() -> dict[str, Path]:
     folder = recipe_folder()
     files = {path.relative_to(folder).with_suffix("").as_posix(): path for path in folder.rglob(f"*{SUFFIX}")}
     return dict(sorted(files.items()))
@@ -57,10 +67,22 @@ def find_recipe(reference: str | Path, *, beside: Path | None = None) -> Path:
     Raises:
         RecipeError: if there is neither such a file nor such a recipe.
     """
+    return _find(reference, beside, shipped_recipes())
+
+
+def find_sweep(reference: str | Path) -> Path:
+    """The file of a sweep: a path, or the name of a shipped one.
+
+    Raises:
+        RecipeError: if there is neither.
+    """
+    return _find(reference, None, shipped_sweeps())
+
+
+def _find(reference: str | Path, beside: Path | None, shipped: dict[str, Path]) -> Path:
     path = (beside or Path()) / Path(reference)
     if path.is_file():
         return path
-    shipped = shipped_recipes()
     name = str(reference)
     if name in shipped:
         return shipped[name]

@@ -10,16 +10,19 @@ its runs. A run in the folder whose recipe is not the one that the file asks for
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from lbc_cli import states
 from lbc_cli.errors import LbcError, OutputError
+from lbc_cli.locks import locked
 from lbc_cli.recipe import Recipe, resolve
 from lbc_cli.runs import RunFolder, check_free
 from lbc_cli.sweeps.grid import Run, Sweep
@@ -124,7 +127,7 @@ class SweepFolder:
             return RunState.NEW
         if folder.summary.is_file():
             return RunState.DONE if is_done(folder) else RunState.DAMAGED
-        return RunState.RESUME if folder.state.is_file() else RunState.RESTART
+        return RunState.RESUME if states.found(folder) else RunState.RESTART
 
     def clear(self, run: Run) -> None:
         """Remove what a run left behind that ended before its first state was saved.
@@ -134,35 +137,27 @@ class SweepFolder:
         """
         folder = self.run(run)
         own = {folder.recipe.name, folder.environment.name, folder.metrics_jsonl.name, folder.metrics_csv.name}
-        own |= {folder.curves.name}
+        own |= {
+            "tensorboard",
+            "wandb",
+            folder.curves.name,
+            folder.metrics_steps.name,
+            folder.report.name,
+            folder.ended.name,
+        }
         for path in sorted(folder.path.iterdir()):
             if path.name not in own and ".lbc-tmp-" not in path.name:
                 raise OutputError(f"{path} is not of a run: remove it, or choose another folder with --out")
         for path in sorted(folder.path.iterdir()):
-            path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> AbstractContextManager[None]:
         """Within it nobody else works in the folder (on systems that can lock folders).
 
         Raises:
             OutputError: if somebody does.
         """
-        try:
-            import fcntl
-        except ImportError:
-            yield
-            return
-        descriptor = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(descriptor)
-            raise OutputError(f"another lbc sweep is at work in {self.path}: wait for it, or choose --out") from error
-        try:
-            yield
-        finally:
-            os.close(descriptor)
+        return locked(self.path, "another lbc sweep")
 
     def tasks(self, sweep: Sweep, states: Mapping[str, RunState]) -> list[Task]:
         """What is left to do, in the sweep's order; places that are to be begun again are cleared.

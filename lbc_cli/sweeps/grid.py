@@ -19,7 +19,8 @@ model.name and train.seed. `variants` is a list of tables, for keys that change 
     variants = [{ name = "by weights", sparsity.pattern = "4:16", method.removal = "weights" }, { ... }]
 
 A method that takes no pattern (dense, unstructured ones) is run once, not once for each pattern. Runs come seed by
-seed: every cell of the table once, then every cell again.
+seed: every cell of the table once, then every cell again. In model.init and distill.teacher `{seed}` stands for a run's
+seed, so that each begins with, or learns from, the run of that seed in another sweep.
 """
 
 from __future__ import annotations
@@ -33,16 +34,18 @@ from typing import Any
 
 from lbc_cli.errors import RecipeError, UsageError
 from lbc_cli.methods import METHODS
-from lbc_cli.recipe import ResolvedRecipe, find_recipe
+from lbc_cli.recipe import ResolvedRecipe, find_sweep
 from lbc_cli.recipe.command import nested, parse_override
 from lbc_cli.recipe.files import Chain, read_chain
 from lbc_cli.recipe.layers import COMMAND_LINE, Layer, Origin
 from lbc_cli.recipe.lines import KeyPath, dotted
-from lbc_cli.recipe.load import resolve_chain
+from lbc_cli.recipe.load import resolve_chain, with_values
 from lbc_cli.smoke import smoke as smoked
 from lbc_cli.sweeps.axes import SEED, Axis, Choice, overlap, take_axes
 
 _LONGEST = 120  # characters of a run's name, which is a folder
+_SEED = "{seed}"
+_FILES = ("model.init", "distill.teacher")  # keys that name a file of another run
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +97,7 @@ def read_sweep(path: str | Path, *, overrides: Sequence[str] = (), smoke: bool =
         RecipeError: with every problem of the file and of any run.
         UsageError: for a --set of what the sweep varies.
     """
-    file = find_recipe(path)
+    file = find_sweep(path)
     chain = read_chain(file)
     if chain.problems:
         raise RecipeError([str(problem) for problem in chain.problems])
@@ -133,7 +136,18 @@ class _Resolver:
             given |= {path: (value, above) for path, value in choice.settings.items()}
         layer = nested(dict(sorted(given.items()))) if given else Layer()
         resolved = resolve_chain(self.chain, self.name, above=layer, overrides=self.overrides)
+        resolved = _with_seed(resolved)
         return smoked(resolved) if self.smoke else resolved
+
+
+def _with_seed(resolved: ResolvedRecipe) -> ResolvedRecipe:
+    """The recipe with its seed in the names of other runs' files."""
+    recipe = resolved.recipe
+    for key, name in zip(_FILES, (recipe.model.init, recipe.distill.teacher), strict=True):
+        if _SEED in name:
+            named = name.replace(_SEED, str(recipe.train.seed))
+            resolved = with_values(resolved, {key: named}, resolved.provenance[key])
+    return resolved
 
 
 def _expand(axes: Sequence[Axis], resolve: _Resolver) -> list[Run]:

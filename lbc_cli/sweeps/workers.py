@@ -23,10 +23,13 @@ from lbc_cli import training
 from lbc_cli.engine import NullReporter, StopOnSignal
 from lbc_cli.errors import Interrupted, LbcError, one_line
 from lbc_cli.recipe import ResolvedRecipe
-from lbc_cli.report import run_curves
+from lbc_cli.report.live import run_observed
+from lbc_cli.resuming import resume
 from lbc_cli.runs import RunFolder
 
 Outcome = Literal["done", "failed", "stopped"]
+Hears = Mapping[str, Callable[[str, Any], None]]
+"""Kind of message from a process -> whom it is for, told the name of the run first."""
 _POLL = 0.2  # seconds between looks at whether an end was asked for
 _PATIENCE = 60.0  # seconds for a process to end in order
 
@@ -80,6 +83,7 @@ def carry_out(
     *,
     started: Callable[[str], None] = lambda name: None,
     epoch: Callable[[str, Mapping[str, Any]], None] = lambda name, record: None,
+    warning: Callable[[str, str], None] = lambda name, text: None,
     ended: Callable[[Ended], None] = lambda ended: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> list[Ended]:
@@ -90,6 +94,7 @@ def carry_out(
         jobs: processes at a time.
         started: told the name of a run whose process starts.
         epoch: told the name of a run and the record of an epoch.
+        warning: told the name of a run and what its user should know.
         ended: told of every end.
         stop: polled; once true no run is started, and those at work are asked to end.
 
@@ -99,6 +104,7 @@ def carry_out(
     waiting, active, ends = deque(tasks), [], []  # type: deque[Task], list[_Worker], list[Ended]
     context = _context()
     asked = 0.0
+    hears: Hears = {"epoch": epoch, "warning": warning}
     try:
         while active or (waiting and not asked):
             if stop() and not asked:
@@ -109,7 +115,7 @@ def carry_out(
                 worker = _start(context, waiting.popleft())
                 active.append(worker)
                 started(worker.task.name)
-            for worker in _listen(active, epoch):
+            for worker in _listen(active, hears):
                 active.remove(worker)
                 ends.append(_end_of(worker, stopping=bool(asked)))
                 ended(ends[-1])
@@ -140,20 +146,20 @@ def _start(context: Any, task: Task) -> _Worker:
     return _Worker(task, process, receiver)
 
 
-def _listen(active: Sequence[_Worker], epoch: Callable[[str, Mapping[str, Any]], None]) -> list[_Worker]:
+def _listen(active: Sequence[_Worker], hears: Hears) -> list[_Worker]:
     """Take in what the processes say; those that have ended are returned."""
     wait([end for worker in active for end in (worker.connection, worker.process.sentinel)], timeout=_POLL)
     over = []
     for worker in active:
         dead = not worker.process.is_alive()  # looked at first: what it said before is still to be read
-        while _take(worker, epoch):
+        while _take(worker, hears):
             pass
         if dead:
             over.append(worker)
     return over
 
 
-def _take(worker: _Worker, epoch: Callable[[str, Mapping[str, Any]], None]) -> bool:
+def _take(worker: _Worker, hears: Hears) -> bool:
     """Take in one message; whether there was one."""
     try:
         if not worker.connection.poll():
@@ -161,8 +167,8 @@ def _take(worker: _Worker, epoch: Callable[[str, Mapping[str, Any]], None]) -> b
         kind, value = worker.connection.recv()
     except (EOFError, OSError):
         return False
-    if kind == "epoch":
-        epoch(worker.task.name, value)
+    if kind in hears:
+        hears[kind](worker.task.name, value)
     else:
         worker.said = (kind, value)
     return True
@@ -186,7 +192,7 @@ def _end_of(worker: _Worker, *, stopping: bool) -> Ended:
 
 
 class _Teller(NullReporter):
-    """A reporter that tells the parent of every epoch."""
+    """A reporter that tells the parent of every epoch, and of what the user should know."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -194,6 +200,11 @@ class _Teller(NullReporter):
     def epoch_ended(self, record: Mapping[str, Any]) -> None:
         """Pass the record on."""
         self._connection.send(("epoch", dict(record)))
+
+    def message(self, text: str, level: str = "info") -> None:
+        """Pass warnings on."""
+        if level == "warning":
+            self._connection.send(("warning", text))
 
 
 def _work(connection: Connection, task: Task) -> None:
@@ -217,11 +228,10 @@ def _work(connection: Connection, task: Task) -> None:
 
 def _train(task: Task, reporter: NullReporter, stop: Callable[[], bool]) -> None:
     folder = RunFolder(task.folder)
-    job = training.resume(folder) if task.resume else training.prepare(task.resolved)
+    job = resume(folder) if task.resume else training.prepare(task.resolved)
     if not task.resume:
         folder = RunFolder.create(task.folder)
-    training.run(job, folder, resuming=task.resume, reporter=reporter, stop=stop)
-    run_curves(job, folder)
+    run_observed(job, folder, reporter, stop=stop)
 
 
 def _orphaned() -> bool:
