@@ -215,13 +215,12 @@ struct Place {
     bool two_rows;
 };
 
-void run_tile(const Plan &plan, const Band &band, Tile &tile, const Place &at) {
+void run_tile(const Plan &plan, const Band &band, const Tile &tile, int64_t first_channel, const Place &at) {
     const LbcCall &c = plan.c;
     const int64_t first = (at.pixels + 1) / 2;
     const int64_t next_row = at.two_rows ? at.row + 1 : at.row;
     const int64_t next_col = at.two_rows ? at.col : at.col + first;
-    const int64_t chunk_offset = (int64_t)tile.x_pixel;  // the chunk's first channel, set by the caller
-    const float *x = band.x + chunk_offset;
+    const float *x = band.x + first_channel;
     Tile t = tile;
     t.x_pixel = (size_t)band.pixel * sizeof(float);
     t.x0 = (const char *)(x + at.row * band.row + at.col * band.pixel);
@@ -266,7 +265,7 @@ void run_band(const Plan &plan, const Band &band, int64_t first_block, int64_t e
             Tile tile{};
             tile.x_row = (size_t)(band.input_row * c.dilation_h) * sizeof(float);
             tile.x_col = (size_t)(band.col * c.dilation_w) * sizeof(float);
-            tile.x_pixel = (size_t)(chunk * w.chunk);
+            const int64_t first_channel = chunk * w.chunk;
             tile.values = (const char *)c.values + slot * l.block * value_bytes;
             tile.index = c.index + slot * index_stride(w, l);
             tile.kh = w.kh;
@@ -285,7 +284,7 @@ void run_band(const Plan &plan, const Band &band, int64_t first_block, int64_t e
             tile.relu = c.relu != 0;
             tile.ahead = values_ahead;
             each_tile(plan, band, [&](const Place &at) {
-                run_tile(plan, band, tile, at);
+                run_tile(plan, band, tile, first_channel, at);
                 tile.ahead = 0;
             });
         }
