@@ -14,6 +14,7 @@ normalised anew for it. The task's own loss is whatever the recipe says; with mi
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,17 @@ class Teacher:
     scale: Tensor | None
     shift: Tensor | None
     macs: int
+
+
+def teacher_digest(task: Task) -> str:
+    """SHA-256 over names and weights of a task's teacher; "" for a task without one."""
+    if not isinstance(task, Distilled):
+        return ""
+    digest = hashlib.sha256()
+    for name, value in task.teacher.model.state_dict().items():
+        digest.update(name.encode() + b"\0")
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 class Distilled:

@@ -16,6 +16,7 @@ from lbc_cli.cli import app
 from lbc_cli.distill import Distilled, Teacher, soft_loss
 from lbc_cli.errors import Interrupted, ModelError, RecipeError, UsageError
 from lbc_cli.recipe import resolve
+from lbc_cli.resuming import resume
 from lbc_cli.runs import RunFolder
 from lbc_cli.tasks import Classification
 from lbc_cli.verifier import verify
@@ -124,7 +125,12 @@ def test_a_resumed_run_ends_with_the_same_bits(teacher: Path, tmp_path: Path) ->
     polls = iter(range(1000))
     with pytest.raises(Interrupted):
         training.run(job(**flags), cut, stop=lambda: next(polls) >= 5)
-    training.run(training.resume(cut), cut, resuming=True)
+    content = teacher.read_bytes()
+    checkpoint.save(models.create("test_resnet", num_classes=10), teacher, overwrite=True)
+    with pytest.raises(UsageError, match=r"distill\.teacher = .* has other weights than when the run began"):
+        resume(cut)
+    teacher.write_bytes(content)
+    training.run(resume(cut), cut)
     first, second = checkpoint.read(whole.model).tensors, checkpoint.read(cut.model).tensors
     assert all(torch.equal(first[name], second[name]) for name in first)
 

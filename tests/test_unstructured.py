@@ -20,6 +20,7 @@ from lbc_cli.methods import METHODS, Pruner, attach
 from lbc_cli.methods.unstructured import Clock, SparsityOptions, kept_of, largest, magnitudes
 from lbc_cli.recipe import resolve
 from lbc_cli.report.describe import plan_view
+from lbc_cli.resuming import resume
 from lbc_cli.runs import RunFolder
 from lbc_cli.runtime.loading import open_model
 from lbc_cli.smoke import smoke
@@ -229,7 +230,7 @@ def test_a_run_is_planned_trained_verified_and_resumed(method: str, tmp_path: Pa
     assert 'pattern = ""' in written
     assert training.summary(first, outcome)["pattern"] is None
     (tmp_path / "run" / "summary.json").unlink()
-    again = training.resume(RunFolder.open(tmp_path / "run"))
+    again = resume(RunFolder.open(tmp_path / "run"))
     assert again.pruner.method == method
     assert (again.title, again.default_folder) == (first.title, first.default_folder)
 
