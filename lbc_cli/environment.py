@@ -10,8 +10,14 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+# Threads, devices and libraries; nothing that could be a secret.
+_VARIABLES = re.compile(
+    r"(?:OMP|MKL|KMP|OPENBLAS|CUDA|CUBLAS|CUDNN|NCCL|PYTORCH|TORCHINDUCTOR|TRITON|LBC)_\w+|WORLD_SIZE|RANK|PYTHONHASHSEED"
+)
 
 
 def describe_hardware() -> dict[str, Any]:
@@ -36,17 +42,64 @@ def describe_hardware() -> dict[str, Any]:
 
 
 def describe_environment(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """What a run needs to be understood later: versions, hardware, command line, commit.
+    """What a run needs to be understood later: versions, hardware, command line, commits.
 
     Args:
         argv: the command line; the process's own by default.
+
+    Returns:
+        `describe_hardware` and, of this machine and process: "os", "argv", "folder", "started" (UTC, ISO 8601),
+        "memory" (bytes), "gpu_memory" (bytes of each), "gpu_driver", "cudnn", "variables" (those of the environment
+        that change how a run computes), and the commits "git" of the current folder and "lbc_git" of lbc's own source:
+        {"commit", "dirty"}, None where there is no repository, or lbc is installed from a package.
     """
+    hardware = describe_hardware()
     return {
-        **describe_hardware(),
+        **hardware,
+        **(_gpus() if hardware["gpus"] else {}),
         "os": platform.platform(),
+        "memory": _memory(),
         "argv": list(sys.argv if argv is None else argv),
-        "git": _git_commit(),
+        "folder": str(Path.cwd()),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "variables": {name: value for name, value in sorted(os.environ.items()) if _VARIABLES.fullmatch(name)},
+        "git": git_commit(Path()),
+        "lbc_git": git_commit(Path(__file__).parent, of=Path(__file__)),
     }
+
+
+def git_commit(folder: Path, *, of: Path | None = None) -> dict[str, Any] | None:
+    """The commit of a folder's repository, and whether tracked files were changed since; None outside of one.
+
+    Args:
+        folder: in the repository.
+        of: a file that must be tracked there; an environment within somebody's repository is not part of it.
+    """
+    at = ("git", "-C", str(folder))
+    commit = _output_of(*at, "rev-parse", "--verify", "HEAD")
+    if commit is None or (of is not None and _output_of(*at, "ls-files", "--error-unmatch", str(of)) is None):
+        return None
+    changed = _output_of(*at, "status", "--porcelain", "--untracked-files=no")
+    return {"commit": commit, "dirty": bool(changed)}
+
+
+def _gpus() -> dict[str, Any]:
+    import torch
+
+    driver = _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    devices = range(torch.cuda.device_count())
+    return {
+        "gpu_memory": [torch.cuda.get_device_properties(index).total_memory for index in devices],
+        "gpu_driver": driver.splitlines()[0] if driver else None,
+        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+    }
+
+
+def _memory() -> int | None:
+    """Bytes of the machine's memory."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
 
 
 def _version(distribution: str) -> str | None:
@@ -63,13 +116,6 @@ def _cpu_name() -> str:
         if match:
             return match[1].strip()
     return _output_of("sysctl", "-n", "machdep.cpu.brand_string") or platform.processor() or platform.machine()
-
-
-def _git_commit() -> str | None:
-    """The commit of the current folder's repository, "-dirty" if it was changed since; None outside of one."""
-    commit = _output_of("git", "rev-parse", "--verify", "HEAD")
-    changed = commit and _output_of("git", "status", "--porcelain", "--untracked-files=no")
-    return f"{commit}-dirty" if changed else commit
 
 
 def _output_of(*command: str) -> str | None:

@@ -10,6 +10,7 @@
     │   ├── DataError                 data that is missing, damaged or inconsistent
     │   └── OutputError               a place that cannot be written, or must not be
     ├── DivergenceError           1   a loss, gradient or score that is not finite
+    ├── DistributedError          1   processes of one run that were lost, or disagree
     ├── CheckpointError           3   a file that is damaged or not canonical
     ├── VerificationError         3   weights that break their own pattern
     └── Interrupted             130   stopped by a signal, state saved
@@ -74,6 +75,10 @@ class OutputError(UsageError):
 
 class DivergenceError(LbcError):
     """A loss, gradient or score that is not finite; the weights were not updated with it."""
+
+
+class DistributedError(LbcError):
+    """A process of a distributed run that cannot be reached any more, or whose masks are not those of the others."""
 
 
 class CheckpointError(LbcError):

@@ -55,6 +55,20 @@ def check_torchvision() -> None:
         ) from error
 
 
+def with_common_statistics(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model with batch norms that take their statistics over all ranks; names and parameters stay.
+
+    Raises:
+        ModelError: on a CPU, for which torch has none.
+    """
+    if device.type != "cuda":
+        raise ModelError("train.sync_bn: torch has batch norms over several processes on CUDA only; leave it false")
+    from timm.layers import convert_sync_batchnorm
+
+    common: nn.Module = convert_sync_batchnorm(model)
+    return common
+
+
 def create(
     name: str,
     *,

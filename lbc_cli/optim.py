@@ -124,6 +124,23 @@ def _hint(settings: schema.Optimizer, problem: Exception) -> str:
     return ""
 
 
+def scaled(recipe: schema.Recipe, ranks: int) -> schema.Optimizer:
+    """The optimizer's table with the learning rate for the images of an update, as timm scales it.
+
+    With `lr_base_size` B and n = batch_size * accumulate * ranks, lr becomes lr * n / B, or lr * sqrt(n / B) with
+    `lr_base_scale = "sqrt"` (Goyal et al., arXiv:1706.02677; Krizhevsky, arXiv:1404.5997). Without, it stays.
+
+    Args:
+        recipe: of the run.
+        ranks: that share an update.
+    """
+    table = recipe.optimizer
+    if not table.lr_base_size:
+        return table
+    ratio = recipe.data.batch_size * recipe.train.accumulate * ranks / table.lr_base_size
+    return table.model_copy(update={"lr": table.lr * (ratio if table.lr_base_scale == "linear" else ratio**0.5)})
+
+
 def make_scheduler(optimizer: Optimizer, schedule: schema.Schedule, epochs: int, updates_per_epoch: int) -> Scheduler:
     """The learning-rate schedule of a recipe, per update; see the module's docstring for the formulas.
 

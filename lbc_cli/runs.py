@@ -4,10 +4,13 @@
     environment.json     versions, hardware, command line, commit
     metrics.jsonl        every record, one JSON object a line
     metrics.csv          the epoch records, for spreadsheets
+    metrics-steps.csv    the step records
+    ended.json           how a run ended that did not come to its end
+    report.html          all of it on one page
     curves.png           loss, accuracy, density, learning rate
     summary.json         how it ended
     model.safetensors    the checkpoint
-    state.safetensors    what a resumed run needs
+    state.safetensors    what a resumed run needs, and state-previous.safetensors, the one before it
 
 A folder is never overwritten. All files but the metrics are replaced at once, so that a reader sees the old or the new.
 """
@@ -52,10 +55,11 @@ def plain(value: Any) -> Any:
         return sorted((plain(item) for item in value), key=str)
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
-    if value is None or isinstance(value, bool | int | str):
+    if isinstance(value, str | os.PathLike):
+        # A path that is not UTF-8 must not keep a run from being written down.
+        return os.fspath(value).encode("utf-8", "backslashreplace").decode("utf-8")
+    if value is None or isinstance(value, bool | int):
         return value
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
     raise TypeError(f"{type(value).__name__} has no JSON form: {value!r}")
 
 
@@ -201,6 +205,21 @@ class RunFolder:
         return self.path / "metrics.csv"
 
     @property
+    def metrics_steps(self) -> Path:
+        """The step records."""
+        return self.path / "metrics-steps.csv"
+
+    @property
+    def ended(self) -> Path:
+        """How the run ended, if it did not come to its end."""
+        return self.path / "ended.json"
+
+    @property
+    def report(self) -> Path:
+        """The run on one page."""
+        return self.path / "report.html"
+
+    @property
     def curves(self) -> Path:
         """The plots."""
         return self.path / "curves.png"
@@ -224,6 +243,16 @@ class RunFolder:
     def state(self) -> Path:
         """What a resumed run needs."""
         return self.path / "state.safetensors"
+
+    @property
+    def state_previous(self) -> Path:
+        """The state before it."""
+        return self.path / "state-previous.safetensors"
+
+    @property
+    def state_next(self) -> Path:
+        """A new state, until it takes the place of the last."""
+        return self.path / "state-next.safetensors"
 
     def write_recipe(self, text: str) -> None:
         """Write the resolved recipe (TOML).
@@ -249,42 +278,55 @@ class RunFolder:
         """
         _replace(self.summary, to_json(summary, indent=2) + "\n")
 
-    def metrics(self, resume_epoch: int | None = None) -> MetricsLog:
+    def write_ended(self, ending: Mapping[str, Any]) -> None:
+        """Write how the run ended that did not come to its end.
+
+        Raises:
+            OutputError: if it cannot be written.
+        """
+        _replace(self.ended, to_json(ending, indent=2) + "\n")
+
+    def metrics(self, resume: tuple[int, int] | None = None) -> MetricsLog:
         """The metrics of this run; see `MetricsLog`."""
-        return MetricsLog(self.metrics_jsonl, self.metrics_csv, resume_epoch)
+        return MetricsLog(self.metrics_jsonl, {"epoch": self.metrics_csv, "step": self.metrics_steps}, resume)
 
 
 class MetricsLog:
     """Records of a run, on disk as soon as they are made.
 
-    Every record has a kind and an epoch. A resumed run's log holds what an uninterrupted run's would: the records from
-    `resume_epoch` on are dropped before the first new one.
+    Every record has a kind and an epoch, those of steps the step as well. A resumed run's log holds what an
+    uninterrupted run's would: the records of what is trained anew are dropped before the first new one.
 
     Args:
         jsonl: file of all records.
-        table: CSV file of the epoch records; nested values get dotted column names.
-        resume_epoch: the epoch that comes next, for a log that exists; None starts a new one.
+        tables: kind of record -> CSV file; nested values get dotted column names.
+        resume: the epoch in progress or next, and how many of its updates are made, for a log that exists; None starts
+            a new one.
 
     Raises:
         OutputError: if a new log would overwrite one, or nothing can be written.
         CheckpointError: if the log to be continued is damaged.
     """
 
-    def __init__(self, jsonl: Path, table: Path, resume_epoch: int | None = None) -> None:
-        self._jsonl, self._table = jsonl, table
+    def __init__(self, jsonl: Path, tables: Mapping[str, Path], resume: tuple[int, int] | None = None) -> None:
+        self._jsonl, self._tables = jsonl, dict(tables)
         self.records: list[Record] = []
-        if resume_epoch is not None:
-            self.records = [record for record in _read_records(jsonl) if record["epoch"] < resume_epoch]
+        if resume is not None:
+            self.records = [record for record in _read_records(jsonl) if _is_before(record, *resume)]
         elif jsonl.exists():
             raise OutputError(f"{jsonl} exists and is never overwritten; choose another folder with --out")
-        self._columns = _columns(self.epochs)
+        self._columns = {kind: _columns(self._of(kind)) for kind in self._tables}
         _replace(jsonl, "".join(_line(record) for record in self.records))
-        self._write_table()
+        for kind in self._tables:
+            self._write_table(kind)
 
     @property
     def epochs(self) -> list[Record]:
         """The epoch records."""
-        return [record for record in self.records if record["kind"] == "epoch"]
+        return self._of("epoch")
+
+    def _of(self, kind: str) -> list[Record]:
+        return [record for record in self.records if record["kind"] == kind]
 
     def append(self, kind: Literal["epoch", "step"], *, epoch: int, **values: Any) -> None:
         """Add a record to the files.
@@ -300,20 +342,26 @@ class MetricsLog:
         record = plain({"kind": kind, "epoch": epoch, **values})
         self.records.append(record)
         _append(self._jsonl, _line(record), sync=kind == "epoch")
-        if kind == "epoch":
-            self._append_row(record)
+        if kind in self._tables:
+            self._append_row(kind, record)
 
-    def _append_row(self, record: Record) -> None:
-        """Add a row to the table, or write it anew if a column is new."""
-        if set(_columns([record])) <= set(self._columns):
-            _append(self._table, _rows(self._columns, [record]), sync=True)
+    def _append_row(self, kind: str, record: Record) -> None:
+        """Add a row to the table of its kind, or write that anew if a column is new."""
+        if set(_columns([record])) <= set(self._columns[kind]):
+            _append(self._tables[kind], _rows(self._columns[kind], [record]), sync=kind == "epoch")
         else:
-            self._columns = _columns(self.epochs)
-            self._write_table()
+            self._columns[kind] = _columns(self._of(kind))
+            self._write_table(kind)
 
-    def _write_table(self) -> None:
-        header = _rows(self._columns, [dict(zip(self._columns, self._columns, strict=True))]) if self._columns else ""
-        _replace(self._table, header + _rows(self._columns, self.epochs))
+    def _write_table(self, kind: str) -> None:
+        columns = self._columns[kind]
+        header = _rows(columns, [dict(zip(columns, columns, strict=True))]) if columns else ""
+        _replace(self._tables[kind], header + _rows(columns, self._of(kind)))
+
+
+def _is_before(record: Record, epoch: int, step: int) -> bool:
+    """Whether a record is of what was trained before that many updates of an epoch."""
+    return bool(record["epoch"] < epoch or (record["epoch"] == epoch and 0 < record.get("step", 0) <= step))
 
 
 def read_epochs(path: Path) -> list[Record]:

@@ -26,6 +26,9 @@ _REPLACED = ("data.source", "distill.teacher", "distill.model")  # a smoke run h
 def smoke(resolved: ResolvedRecipe) -> ResolvedRecipe:
     """The same recipe cut down to seconds: few generated images, a few epochs that pass every phase of the method.
 
+    Weights to begin with and a teacher that a recipe names are left aside, since another run may have to make them
+    first. Weights named on the command line are used.
+
     Raises:
         UsageError: if the command line asks for something else than a smoke run can give.
     """
@@ -47,6 +50,7 @@ def smoke(resolved: ResolvedRecipe) -> ResolvedRecipe:
         "schedule.decay_milestones": [2] if recipe.schedule.name == "multistep" else [],
         "schedule.decay_epochs": 2 if recipe.schedule.name == "step" else recipe.schedule.decay_epochs,
         "augment.mixup_off_epoch": min(2, recipe.augment.mixup_off_epoch),
+        "model.init": recipe.model.init if resolved.provenance.get("model.init", "").startswith("--") else "",
         "distill.teacher": distill.GENERATED if recipe.distill.teacher else "",
         "distill.model": "",
     }

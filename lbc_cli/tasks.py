@@ -25,6 +25,9 @@ class Evaluation(Protocol):
     def update(self, outputs: Tensor, targets: Tensor) -> None:
         """Take in one batch, without waiting for the device."""
 
+    def combine(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Take in what the other processes of the run collected; `total` adds a tensor up over all of them."""
+
     def result(self) -> dict[str, float]:
         """The metrics over everything taken in; "loss" among them.
 
@@ -153,6 +156,10 @@ class ClassificationEvaluation:
             [losses.new_tensor(len(targets)), (ranks < 1).sum().double(), (ranks < 5).sum().double(), losses.sum()]
         )
         self.totals = batch if self.totals is None else self.totals + batch
+
+    def combine(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Add the images of the other processes; one may have had none."""
+        self.totals = total(torch.zeros(4, dtype=torch.float64) if self.totals is None else self.totals)
 
     def result(self) -> dict[str, float]:
         """Mean loss, top-1 and top-5 in percent.

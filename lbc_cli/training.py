@@ -2,9 +2,9 @@
 
     job = prepare(resolved)          everything is built and checked, nothing is written
     outcome = run(job, folder)       train, save, verify; the folder tells the whole story
-    job = resume(folder)             the same job again; `run(job, folder, resuming=True)` goes on
 
-A resumed run takes everything from the folder: the resolved recipe is the only source of settings.
+`resuming.resume` gives the job of an interrupted run with the state that it goes on from. On the ranks of a distributed
+run all do the same, but rank 0 alone has a folder.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lbc_cli import accounting, allocation, checkpoint, data, distill, flops, models, runs, weights
+from lbc_cli import accounting, allocation, checkpoint, data, distill, flops, models, runs, states, weights
+from lbc_cli.distributed import ALONE, World, rank_device
 from lbc_cli.engine import FitResult, FitSettings, NullReporter, Reporter, fit, make_deterministic
 from lbc_cli.environment import describe_environment
-from lbc_cli.errors import CheckpointError, ModelError, OutputError, UsageError, VerificationError
+from lbc_cli.errors import ModelError, UsageError, VerificationError
 from lbc_cli.methods import METHODS, Pruner, attach
-from lbc_cli.optim import Scheduler, make_optimizer, make_scheduler, updates_per_epoch
+from lbc_cli.optim import Scheduler, make_optimizer, make_scheduler, scaled, updates_per_epoch
 from lbc_cli.patterns import Pattern
-from lbc_cli.recipe import ResolvedRecipe, resolve
+from lbc_cli.recipe import ResolvedRecipe, schema
 from lbc_cli.runs import MetricsLog, RunFolder
 from lbc_cli.smoke import GENERATED
 from lbc_cli.tasks import Task, make_task
@@ -44,6 +45,9 @@ class Job:
     Attributes:
         resolved: the recipe, with the layers that a budget has chosen.
         cost: parameters and multiply-adds of the dense model at the run's image size.
+        world: the ranks of the run.
+        state: what to go on from; emptied once it is loaded. None for a new run.
+        notes: what is not as in the run that is resumed.
     """
 
     resolved: ResolvedRecipe
@@ -57,6 +61,9 @@ class Job:
     pruner: Pruner
     task: Task
     settings: FitSettings
+    world: World = ALONE
+    state: dict[str, Any] | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def pattern(self) -> Pattern | None:
@@ -119,7 +126,8 @@ class Job:
     @property
     def images(self) -> int:
         """Training images of the whole run, each as often as it is seen."""
-        return len(self.loaders.train) * self.resolved.recipe.data.batch_size * self.settings.epochs
+        batch = self.resolved.recipe.data.batch_size * self.world.size
+        return len(self.loaders.train) * batch * self.settings.epochs
 
     def learning_rates(self) -> list[float]:
         """The largest learning rate of any parameter group at the first update of every epoch."""
@@ -180,28 +188,31 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def prepare(resolved: ResolvedRecipe, progress: Callable[[int], None] = lambda count: None) -> Job:
+def prepare(
+    resolved: ResolvedRecipe, progress: Callable[[int], None] = lambda count: None, world: World = ALONE
+) -> Job:
     """Build everything that a run needs and check that it goes together; nothing is written.
 
     Args:
         resolved: the recipe.
         progress: told how many images more were checked.
+        world: the ranks of the run.
 
     Raises:
         UsageError: of the kind that tells what does not fit: model, data, layers, method, optimizer.
     """
     recipe = resolved.recipe
     models.check_torchvision()
-    device = choose_device(recipe.train.device)
+    device = rank_device(recipe.train.device, world) or choose_device(recipe.train.device)
     if not recipe.model.name:
         raise UsageError("no model: name one (lbc train resnet50 ...) or give a --recipe that has a model.name")
     models.check_name(recipe.model.name)
-    source = _open(resolved, progress)
+    source = _open(resolved, progress, world)
     make_deterministic(recipe.train.seed, device)
     model = _create(resolved, source.num_classes).to(device)
     if recipe.train.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    optimizer = make_optimizer(model, recipe.optimizer)
+    optimizer = make_optimizer(model, scaled(recipe, world.size))
     loaders = data.make_loaders(
         source,
         recipe.data,
@@ -209,8 +220,11 @@ def prepare(resolved: ResolvedRecipe, progress: Callable[[int], None] = lambda c
         data_config=models.data_config(model, recipe.data.image_size),
         device=device,
         seed=recipe.train.seed,
+        world=world,
     )
     cost = _count(model, loaders.pixels, recipe.model.name)
+    if recipe.train.sync_bn and world.size > 1:
+        model = models.with_common_statistics(model, device)
     resolved = allocation.with_allocation(resolved, model, cost)
     updates = updates_per_epoch(len(loaders.train), recipe.train.accumulate)
     task = distill.distilled(
@@ -235,6 +249,7 @@ def prepare(resolved: ResolvedRecipe, progress: Callable[[int], None] = lambda c
         pruner=_attach(resolved, model, optimizer),
         task=task,
         settings=FitSettings.of(recipe.train, device),
+        world=world,
     )
 
 
@@ -265,8 +280,19 @@ def _count(model: nn.Module, pixels: data.Pixels, name: str) -> flops.Cost:
         raise ModelError(f"{error}; set data.image_size to a size that {name} takes") from error
 
 
-def _open(resolved: ResolvedRecipe, progress: Callable[[int], None]) -> data.DataSource:
+def _open(resolved: ResolvedRecipe, progress: Callable[[int], None], world: World) -> data.DataSource:
+    """The data, checked; rank 0 checks first, and the others take its word where nothing may be left out."""
     recipe = resolved.recipe
+    if world.main:
+        source = _source(recipe, progress)
+        world.barrier()
+        return source
+    world.barrier()
+    trusting = {"check": "off"} if recipe.data.unreadable == "fail" else {}
+    return _source(recipe.model_copy(update={"data": recipe.data.model_copy(update=trusting)}), progress)
+
+
+def _source(recipe: schema.Recipe, progress: Callable[[int], None]) -> data.DataSource:
     if recipe.data.source == GENERATED:
         return data.generated_data(size=recipe.data.image_size or 32, n=4 * min(recipe.data.batch_size, 64))
     return data.open_data(recipe.data, progress)
@@ -285,20 +311,6 @@ def _create(resolved: ResolvedRecipe, num_classes: int) -> nn.Module:
         drop_path_rate=wanted.drop_path_rate,
         kwargs=wanted.kwargs,
     )
-
-
-def resume(folder: RunFolder, progress: Callable[[int], None] = lambda count: None) -> Job:
-    """The job of an earlier run, from its folder.
-
-    Raises:
-        OutputError: if that run has ended, or saved no state to go on from.
-        UsageError: if its settings do not fit this machine.
-    """
-    if folder.summary.is_file():
-        raise OutputError(f"the run in {folder.path} has ended ({folder.summary.name} is there): start another one")
-    if not folder.state.is_file():
-        raise OutputError(f"{folder.path} has no {folder.state.name}: that run ended before its first state was saved")
-    return prepare(resolve(folder.recipe), progress)
 
 
 class _Recorder:
@@ -346,44 +358,32 @@ def run(
     job: Job,
     folder: RunFolder,
     *,
-    resuming: bool = False,
     reporter: Reporter | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Outcome:
     """Train, save the checkpoint, verify it, and write the summary.
 
     Args:
-        job: from `prepare`, or from `resume` together with `resuming`.
+        job: prepared, or that of a resumed run.
         folder: new, or that of the run to go on with.
-        resuming: continue from the folder's state.
         reporter: shows the run.
         stop: polled; once true the run ends in order.
 
     Raises:
-        Interrupted, DivergenceError: from the loop; the state of the last epoch is in the folder.
+        Interrupted, DivergenceError: from the loop; the last state saved is in the folder.
         VerificationError: if the checkpoint does not hold what it claims.
         OutputError: if the folder cannot be written.
     """
-    state = _load_state(folder) if resuming else None
-    if not resuming:
+    if job.state is None or job.notes:
         folder.write_recipe(job.resolved.text)
+    if job.state is None:
         folder.write_environment(describe_environment())
-    log = folder.metrics(None if state is None else int(state["epoch"]))
+    folder.summary.unlink(missing_ok=True)  # of a run that is extended
+    log = folder.metrics(None if job.state is None else (int(job.state["epoch"]), int(job.state["step"])))
     recorder = _Recorder(log, reporter or NullReporter(), job)
     start = time.perf_counter()
-    result = fit(
-        job.model,
-        job.optimizer,
-        job.scheduler,
-        job.pruner,
-        job.task,
-        job.loaders,
-        job.settings,
-        reporter=recorder,
-        save_state=lambda state: checkpoint.save_state(folder.state, state),
-        resume=state,
-        stop=stop,
-    )
+    noted = {"batch_size": job.resolved.recipe.data.batch_size, "teacher": distill.teacher_digest(job.task)}
+    result = _fit(job, stop, recorder, lambda state: states.save(folder, {**state, **noted}))
     seconds = time.perf_counter() - start
     report, ema_report = _save(job, folder, result)
     dense = sum(t.numel() * t.element_size() for t in job.model.state_dict().values())
@@ -393,11 +393,32 @@ def run(
     return outcome
 
 
-def _load_state(folder: RunFolder) -> dict[str, Any]:
-    state = checkpoint.load_state(folder.state)
-    if not isinstance(state, dict) or "epoch" not in state:
-        raise CheckpointError(f"{folder.state} is not the state of a run: it has no epoch to go on from")
-    return state
+def take_part(job: Job, *, stop: Callable[[], bool] = lambda: False) -> None:
+    """What the ranks other than 0 do: train, and leave report and files to rank 0.
+
+    Raises:
+        Interrupted, DivergenceError, DistributedError: from the loop.
+    """
+    _fit(job, stop, None, lambda state: None)
+
+
+def _fit(
+    job: Job, stop: Callable[[], bool], reporter: Reporter | None, save_state: Callable[[dict[str, Any]], None]
+) -> FitResult:
+    return fit(
+        job.model,
+        job.optimizer,
+        job.scheduler,
+        job.pruner,
+        job.task,
+        job.loaders,
+        job.settings,
+        reporter=reporter,
+        save_state=save_state,
+        resume=job.state,
+        stop=stop,
+        world=job.world,
+    )
 
 
 def _save(job: Job, folder: RunFolder, result: FitResult) -> tuple[Report, Report | None]:

@@ -45,6 +45,8 @@ def test_the_methods_memory_and_both_peaks_are_measured() -> None:
     assert result.memory["score"] == result.memory["momentum"] == 4 * result.memory["mask"]
     assert result.memory["candidates"] > result.memory["mask"]  # 70 candidates: 9 bytes for 8 weights
     assert result.removal > 0
+    assert result.state_bytes > sum(result.memory.values())
+    assert result.state_seconds > 0
     assert result.dense.peak_bytes is not None
     assert result.dense.peak_bytes > 50_000_000  # a process with torch loaded
 

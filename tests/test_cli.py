@@ -56,8 +56,8 @@ def test_the_run_folder_tells_the_whole_story(digits_run: tuple[Path, Result]) -
     folder, _ = digits_run
     names = {path.name for path in folder.iterdir()}
     assert names == {
-        "curves.png", "environment.json", "metrics.csv", "metrics.jsonl", "model.safetensors", "recipe.toml",
-        "state.safetensors", "summary.json",
+        "curves.png", "environment.json", "metrics-steps.csv", "metrics.csv", "metrics.jsonl", "model.safetensors",
+        "recipe.toml", "report.html", "state-previous.safetensors", "state.safetensors", "summary.json",
     }  # fmt: skip
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert "--epochs" in (folder / "recipe.toml").read_text()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import random
+import signal
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -742,6 +744,24 @@ class TestGenerated:
         image, label = source.val[5]
         assert (image.mode, image.size, label) == ("RGB", (12, 12), 1)
         assert (len(source.train), source.num_classes, source.channels) == (6, 4, channels)
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="needs POSIX signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_a_loader_process_that_only_begins_does_not_end_it(
+    monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    begin = torch.utils.data._utils.worker._worker_loop
+
+    def begin_with_a_signal(*args: Any) -> None:
+        os.kill(os.getpid(), number)
+        begin(*args)
+
+    source = generated_data(n=26, size=20)
+    expected = epoch_of(loaders_of(source), 0)
+    monkeypatch.setattr(torch.utils.data._utils.worker, "_worker_loop", begin_with_a_signal)
+    assert same(epoch_of(loaders_of(source, workers=2), 0), expected)
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGINT, signal.SIGTERM}
 
 
 class TestBytesToTheDevice:

@@ -30,7 +30,7 @@ class Dataset:
         self.targets = torch.arange(images) % CLASSES
         noise = torch.randn(images, 3, 16, 16, generator=generator)
         self.images = (noise + self.targets.view(-1, 1, 1, 1) - 1.5).to(dtype)
-        self.batch, self.shuffle = batch, shuffle
+        self.batch, self.shuffle, self.first = batch, shuffle, 0
 
     def __len__(self) -> int:
         return math.ceil(len(self.images) / self.batch)
@@ -38,7 +38,7 @@ class Dataset:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         # from the global generator, as torch's own loaders do
         order = torch.randperm(len(self.images)) if self.shuffle else torch.arange(len(self.images))
-        for chosen in order.split(self.batch):
+        for chosen in order.split(self.batch)[self.first :]:
             yield self.images[chosen], self.targets[chosen]
 
 
@@ -48,8 +48,9 @@ class StubLoaders:
         self.val: Any = Dataset(24, 10, shuffle=False, seed=8, **options)
         self.epochs: list[int] = []
 
-    def set_epoch(self, epoch: int) -> None:
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
         self.epochs.append(epoch)
+        self.train.first = first_batch
 
 
 class Recorder(NullReporter):
@@ -516,7 +517,7 @@ def test_a_resumed_run_ends_bit_identical(case: str, after: int) -> None:
             parameter.add_(1.0)
     before = copy.deepcopy(states[after])
     again: list[dict[str, Any]] = []
-    resumed = second.fit(resume=states[after], save_state=lambda state: again.append(copy.deepcopy(state)))
+    resumed = second.fit(resume=dict(states[after]), save_state=lambda state: again.append(copy.deepcopy(state)))
     assert same(states[after], before)  # the state given is not trained on
 
     assert second.loaders.epochs == list(range(after + 1, 5))
@@ -578,7 +579,7 @@ def test_a_state_of_other_settings_is_refused(change: dict[str, Any], error: typ
     states: list[dict[str, Any]] = []
     Rig(**settings).fit(save_state=states.append)
     with pytest.raises(error, match=words):
-        Rig(**{**settings, **change}).fit(resume=states[0])
+        Rig(**{**settings, **change}).fit(resume=dict(states[0]))
 
 
 def test_a_state_of_another_model_is_refused_in_one_line() -> None:
@@ -598,7 +599,7 @@ def test_a_state_that_lacks_something_or_is_too_long_is_refused() -> None:
     with pytest.raises(CheckpointError, match="version 99"):
         Rig(epochs=2).fit(resume={**states[0], "version": 99})
     with pytest.raises(UsageError, match=r"2 epochs, train.epochs = 1"):
-        Rig(epochs=1).fit(resume=states[1])
+        Rig(epochs=1).fit(resume=dict(states[1]))
 
 
 def test_states_are_saved_every_so_many_epochs_and_at_the_end() -> None:
@@ -610,16 +611,21 @@ def test_states_are_saved_every_so_many_epochs_and_at_the_end() -> None:
 # Interruption
 
 
-def test_a_stop_in_an_epoch_ends_at_once_and_says_where_a_resumed_run_goes_on() -> None:
-    saved: list[int] = []
+def test_a_stop_in_an_epoch_saves_ends_at_once_and_says_where_a_resumed_run_goes_on() -> None:
+    saved: list[tuple[int, int]] = []
     polled = iter([False] * 5 + [True])  # epoch 0: three updates and its end; epoch 1: the second update
     recorder = Recorder()
-    with pytest.raises(Interrupted, match=r"in epoch 1, update 2 of 4: the state after epoch 0 is saved.*epoch 1"):
-        Rig().fit(save_state=lambda s: saved.append(s["epoch"]), stop=lambda: next(polled), reporter=recorder)
-    assert saved == [1]
+    words = r"in epoch 1, after update 2 of 4: the state after update 2 of epoch 1 is saved.*from there"
+    with pytest.raises(Interrupted, match=words):
+        Rig().fit(save_state=lambda s: saved.append(place(s)), stop=lambda: next(polled), reporter=recorder)
+    assert saved == [(1, 0), (1, 2)]
     assert recorder.calls[-1][0] == "finish"
-    with pytest.raises(Interrupted, match="update 1 of 4: no state was saved"):
-        Rig().fit(save_state=lambda s: saved.append(s["epoch"]), stop=lambda: True)
+    with pytest.raises(Interrupted, match="after update 1 of 4: no state was saved"):
+        Rig().fit(stop=lambda: True)
+
+
+def place(state: dict[str, Any]) -> tuple[int, int]:
+    return state["epoch"], state["step"]
 
 
 def test_a_stop_at_the_end_of_an_epoch_saves_it_whatever_save_every_says() -> None:
@@ -645,8 +651,11 @@ def test_loader_processes_ended_by_the_same_signal_are_an_interruption() -> None
     stopped: list[bool] = []
     loaders = StubLoaders()
     loaders.train = Dying(64, 16, shuffle=True)
-    with pytest.raises(Interrupted, match="in epoch 0"):
-        Rig(loaders=loaders).fit(stop=lambda: bool(stopped))
+    saved: list[tuple[int, int]] = []
+    with pytest.raises(Interrupted, match="in epoch 0, after update 1 of 4: the state after update 1"):
+        Rig(loaders=loaders).fit(stop=lambda: len(stopped) > 0, save_state=lambda s: saved.append(place(s)))
+    assert saved == [(0, 1)]
+    stopped.clear()
     with pytest.raises(RuntimeError, match="killed"):
         Rig(loaders=loaders).fit(stop=lambda: False)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,18 @@ import pytest
 import torch
 from torch import nn
 
-from lbc_cli import checkpoint, patterns, training
+from lbc_cli import checkpoint, patterns, states, training
 from lbc_cli.bench import StepSetup, train_bench
+from lbc_cli.errors import DivergenceError, Interrupted
 from lbc_cli.methods import attach
 from lbc_cli.patterns import Pattern
 from lbc_cli.recipe import resolve
-from lbc_cli.runs import RunFolder
+from lbc_cli.resuming import resume
+from lbc_cli.runs import RunFolder, read_epochs
 from lbc_cli.smoke import smoke
+from tests.test_distributed import quiet_env, torchrun
 from tests.test_methods import EPOCHS, LAYERS, batches, network
+from tests.test_resume import stop_at
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 CUDA = torch.device("cuda")
@@ -132,3 +138,43 @@ def test_the_bench_times_hooks_on_the_devices_clock() -> None:
     result = train_bench(setup)
     assert all(0 < inside < whole for inside, whole in zip(result.hooks, result.method.seconds, strict=True))
     assert result.method.peak_bytes > result.dense.peak_bytes
+
+
+def cuda_job(*overrides: str, **flags: Any) -> training.Job:
+    values = {"model.name": "test_resnet", "data.source": "digits", "train.device": "cuda", "train.epochs": 3, **flags}
+    settings = ["schedule.warmup_epochs=1", "train.log_every=1000", "train.amp=bfloat16", *overrides]
+    return training.prepare(resolve("digits", overrides=settings, flags=values))
+
+
+def test_a_run_stopped_in_mid_epoch_goes_on(tmp_path: Path) -> None:
+    whole = training.run(cuda_job(), RunFolder.create(tmp_path / "whole")).result
+    folder = RunFolder.create(tmp_path / "run")
+    with pytest.raises(Interrupted):
+        training.run(cuda_job(), folder, stop=stop_at(30))
+    resumed = training.run(resume(folder), folder).result
+    assert [record["epoch"] for record in resumed.history] == [0, 1, 2]
+    assert resumed.last["density"] == whole.last["density"] == 0.5
+    assert resumed.last["top1"] == pytest.approx(whole.last["top1"], abs=5)
+
+
+def test_divergence_is_noticed_an_update_later_and_never_saved(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "run")
+    broken = cuda_job("optimizer.lr=1e30", "schedule.warmup_lr=1e29", "optimizer.weight_decay=0.0")
+    with pytest.raises(DivergenceError, match="found after it, before anything was saved"):
+        training.run(broken, folder)
+    assert not states.found(folder)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus_with_common_batch_norms_train_what_one_does(tmp_path: Path) -> None:
+    command = ["train", "test_resnet", "--data", "digits", "--device", "cuda", "--epochs", "3"]
+    command += ["--set", "train.sync_bn=true", "--set", "schedule.warmup_epochs=1"]
+    for ranks in (1, 2):
+        launcher = [sys.executable, "-m", "lbc_cli"] if ranks == 1 else [*torchrun(2), "-m", "lbc_cli"]
+        out = ["--out", str(tmp_path / str(ranks)), "--set", f"data.batch_size={64 // ranks}"]
+        done = subprocess.run([*launcher, *command, *out], env=quiet_env(), capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (read_epochs(RunFolder(tmp_path / str(ranks)).metrics_jsonl) for ranks in (1, 2))
+    for first, second in zip(one, two, strict=True):
+        assert second["train_loss"] == pytest.approx(first["train_loss"], rel=0.02)
+        assert second["density"] == first["density"]

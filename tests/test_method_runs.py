@@ -11,6 +11,7 @@ from lbc_cli.errors import Interrupted, MethodError
 from lbc_cli.methods import METHODS
 from lbc_cli.recipe import resolve
 from lbc_cli.recipe.load import with_values
+from lbc_cli.resuming import resume
 from lbc_cli.runs import RunFolder
 from lbc_cli.smoke import smoke
 
@@ -42,7 +43,7 @@ def test_a_smoke_run_stopped_and_resumed_writes_the_same_bytes(
     folder = RunFolder.create(tmp_path / "stopped")
     with pytest.raises(Interrupted):
         training.run(job(method, overrides), folder, stop=folder.state.is_file)
-    training.run(training.resume(folder), folder, resuming=True)
+    training.run(resume(folder), folder)
     assert folder.model.read_bytes() == whole.model.read_bytes()
 
 

@@ -165,7 +165,7 @@ def test_a_new_column_rewrites_the_table(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path / "metrics.jsonl", tmp_path / "metrics.csv")
+    log = MetricsLog(tmp_path / "metrics.jsonl", {"epoch": tmp_path / "metrics.csv"})
     (tmp_path / "metrics.jsonl").unlink()
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(OutputError, match=r"metrics\.jsonl: No space left.*--resume"):
@@ -185,7 +185,7 @@ def test_a_resumed_log_equals_an_uninterrupted_one(tmp_path: Path, tail: str) ->
     write_epochs(stopped.metrics(), 0, 4)
     with stopped.metrics_jsonl.open("a") as file:
         file.write(tail)
-    resumed = stopped.metrics(resume_epoch=3)
+    resumed = stopped.metrics((3, 0))
     assert [record["epoch"] for record in resumed.records] == [0, 0, 1, 1, 2, 2]
     write_epochs(resumed, 3, 5)
     assert files_of(stopped) == files_of(whole)
@@ -201,12 +201,27 @@ def test_read_epochs(tmp_path: Path) -> None:
     assert [record["epoch"] for record in log.epochs] == [0, 1]
 
 
+def test_a_log_goes_on_within_an_epoch_after_the_updates_that_are_made(tmp_path: Path) -> None:
+    log = RunFolder(tmp_path).metrics()
+    for epoch in range(2):
+        for step in (10, 20, 30):
+            log.append("step", epoch=epoch, step=step, loss=1.0)
+        log.append("epoch", epoch=epoch, loss=1.0)
+    kept = RunFolder(tmp_path).metrics((1, 20)).records
+    assert [(r["kind"], r["epoch"], r.get("step")) for r in kept] == [
+        *(("step", 0, step) for step in (10, 20, 30)),
+        ("epoch", 0, None),
+        ("step", 1, 10),
+        ("step", 1, 20),
+    ]
+
+
 def test_a_damaged_log_is_not_continued(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     run.metrics_jsonl.write_text('{"kind": "epoch", "epoch": 0}\nnot json\n{"kind": "epoch", "epoch": 2}\n')
     before = files_of(run)
     with pytest.raises(CheckpointError, match=r"metrics\.jsonl:2"):
-        run.metrics(resume_epoch=2)
+        run.metrics((2, 0))
     assert files_of(run) == before
 
 

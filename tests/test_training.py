@@ -12,6 +12,7 @@ from lbc_cli import checkpoint, training
 from lbc_cli.errors import CheckpointError, ModelError, OutputError, RecipeError, UsageError
 from lbc_cli.recipe import resolve
 from lbc_cli.recipe.load import with_values
+from lbc_cli.resuming import resume
 from lbc_cli.runs import RunFolder
 from lbc_cli.smoke import smoke
 
@@ -105,10 +106,10 @@ def test_resuming_needs_a_state_and_a_run_that_has_not_ended(tmp_path: Path) -> 
     folder = RunFolder.create(tmp_path / "run")
     folder.write_recipe(resolve("digits").text)
     with pytest.raises(OutputError, match="before its first state"):
-        training.resume(folder)
+        resume(folder)
     folder.write_summary({})
     with pytest.raises(OutputError, match="has ended"):
-        training.resume(folder)
+        resume(folder)
 
 
 def test_dense_is_a_method_like_any_other(tmp_path: Path) -> None:

@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import multiprocessing
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lbc_cli import flops, models
+from lbc_cli.checkpoint import save_state
 from lbc_cli.engine import make_deterministic, memory_advice, peak_memory
-from lbc_cli.errors import LbcError, UsageError
+from lbc_cli.errors import LbcError, OutputError, UsageError
 from lbc_cli.methods import METHODS, Pruner, attach
 from lbc_cli.patterns import Pattern
 from lbc_cli.targets import find_targets
@@ -89,6 +92,8 @@ class TrainBench:
         hooks: seconds in the method's hooks, per timed step.
         removal: seconds that one removal (`begin_epoch`) took.
         memory: bytes the method held, by kind.
+        state_bytes: size of a saved state: weights, optimizer and method.
+        state_seconds: what writing it took, digests and the wait for the disk included; median.
     """
 
     setup: StepSetup
@@ -97,6 +102,8 @@ class TrainBench:
     hooks: tuple[float, ...]
     removal: float
     memory: dict[str, int]
+    state_bytes: int
+    state_seconds: float
 
 
 class HookClock:
@@ -211,12 +218,40 @@ def train_bench(setup: StepSetup, *, progress: Callable[[str], None] = lambda te
                     hooks += [inside] if name == setup.method else []
         sparse = steppers[setup.method]
         removal, memory = sparse.removal, sparse.pruner.memory_bytes()
+        progress("saving states")
+        state_bytes, state_seconds = _save_states(sparse)
     del steppers, sparse
     times = []
     for name in seconds:
         progress(f"peak memory of {name} steps")
         times.append(StepTimes(name, tuple(seconds[name]), _peak_apart(setup, name)))
-    return TrainBench(setup, times[0], times[-1], tuple(hooks), removal, memory)
+    return TrainBench(setup, times[0], times[-1], tuple(hooks), removal, memory, state_bytes, state_seconds)
+
+
+def _save_states(stepper: _Stepper) -> tuple[int, float]:
+    """Size of a saved state, and the median of the seconds it takes to write one into the current folder.
+
+    Raises:
+        OutputError: if nothing can be written there.
+    """
+    state = {
+        "model": stepper.model.state_dict(),
+        "optimizer": stepper.optimizer.state_dict(),
+        "pruner": stepper.pruner.state_dict(),
+    }
+    seconds = []
+    try:
+        with tempfile.TemporaryDirectory(prefix=".lbc-bench-", dir=Path.cwd()) as folder:
+            path = Path(folder, "state.safetensors")
+            for _ in range(3):
+                start = time.perf_counter()
+                save_state(path, state)
+                seconds.append(time.perf_counter() - start)
+            return path.stat().st_size, statistics.median(seconds)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write a state into {Path.cwd()}: {error.strerror or error}; run where run folders shall go"
+        ) from error
 
 
 def _peak_apart(setup: StepSetup, method: str) -> int | None:

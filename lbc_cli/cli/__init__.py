@@ -11,6 +11,7 @@ import typer
 
 from lbc_cli import __version__
 from lbc_cli.cli.bench import bench
+from lbc_cli.cli.compare import compare
 from lbc_cli.cli.convert import convert
 from lbc_cli.cli.export import export
 from lbc_cli.cli.inspect import inspect
@@ -33,6 +34,7 @@ recipes = typer.Typer(name="recipe", help="Look at recipes.", no_args_is_help=Tr
 app.add_typer(recipes)
 app.command()(train)
 app.command()(sweep)
+app.command()(compare)
 app.command()(prune)
 app.command()(convert)
 app.command()(verify)

@@ -23,6 +23,7 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def wrapped(*args: Any, debug: bool = False, **kwargs: Any) -> None:
         try:
+            _refuse_ranks(command.__name__)
             command(*args, **kwargs)
         except LbcError as error:
             fail(error, error.exit_code, debug)
@@ -43,6 +44,23 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
     wrapped.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return wrapped
+
+
+def _refuse_ranks(command: str) -> None:
+    """Only training is shared by several processes; any other command would be carried out once by each.
+
+    Raises:
+        UsageError: in a process that torchrun or srun started with others.
+    """
+    if command == "train":
+        return
+    from lbc_cli.distributed import launch
+
+    if launched := launch():
+        raise UsageError(
+            f"lbc {command} is for one process, and was started as one of {launched.size}: only lbc train runs under "
+            "torchrun or srun"
+        )
 
 
 def fail(error: BaseException, code: int, debug: bool) -> None:

@@ -13,8 +13,8 @@ from lbc_cli.errors import UsageError
 
 @reported
 def list_recipes(*, as_json: AsJson = False) -> None:
-    """List the shipped recipes."""
-    from lbc_cli.recipe import resolve, shipped_recipes
+    """List the shipped recipes, and the sweeps made from them."""
+    from lbc_cli.recipe import resolve, shipped_recipes, shipped_sweeps
     from lbc_cli.report import table
 
     console = make_console()
@@ -24,6 +24,10 @@ def list_recipes(*, as_json: AsJson = False) -> None:
     else:
         rows = [list(item) for item in found.items()]
         console.result(table("Shipped recipes", {"recipe": "left", "for": "left"}, rows))
+        sweeps = [
+            [name, path.read_text("utf-8").partition("\n")[0].lstrip("# ")] for name, path in shipped_sweeps().items()
+        ]
+        console.result(table("Shipped sweeps", {"sweep": "left", "what it asks": "left"}, sweeps))
 
 
 @reported

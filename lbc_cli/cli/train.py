@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,9 +9,10 @@ import typer
 
 from lbc_cli.cli.common import make_console, reported
 from lbc_cli.cli.options import AsJson, Device, Overrides, PatternText, Quiet, RecipeName, Vector, Verbose
-from lbc_cli.errors import LbcError, UsageError
+from lbc_cli.errors import UsageError
 
 if TYPE_CHECKING:
+    from lbc_cli.distributed import Launch
     from lbc_cli.recipe import ResolvedRecipe
     from lbc_cli.report import Console
     from lbc_cli.runs import RunFolder
@@ -49,14 +48,26 @@ def train(
     device: Device = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Run folder; must be new.")] = None,
     resume: Annotated[Path | None, typer.Option("--resume", metavar="DIR", help="Go on with an earlier run.")] = None,
+    previous_state: Annotated[
+        bool, typer.Option("--previous-state", help="With --resume: from the state before the newest.")
+    ] = False,
+    extend_to: Annotated[
+        int | None, typer.Option("--extend-to", metavar="N", help="With --resume: to N epochs, more than before.")
+    ] = None,
     smoke: Annotated[bool, typer.Option("--smoke", help="Seconds on generated images, through every phase.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Train a model to N:M sparsity, save it packed, and verify what was saved."""
-    console = make_console(quiet, verbose)
+    """Train a model to N:M sparsity, save it packed, and verify what was saved.
+
+    On several GPUs or machines: torchrun --nproc-per-node 8 -m lbc_cli train ...
+    """
+    from lbc_cli.distributed import launch
+
+    launched = launch()
+    console = make_console(quiet or (launched is not None and launched.rank > 0), verbose and not launched)
     flags = {
         "model.name": model,
         "sparsity.pattern": pattern,
@@ -74,14 +85,17 @@ def train(
         others = {"--recipe": recipe, "--set": override, "--out": out, "--smoke": smoke, "--dry-run": dry_run}
         given = [key for key, value in flags.items() if value is not None] + [key for key in others if others[key]]
         _refuse_with_resume(resume, given)
-        _resume(resume, console, as_json)
+        _resume(resume, previous_state, extend_to, launched, console, as_json)
         return
+    for option, value in (("--previous-state", previous_state), ("--extend-to", extend_to)):
+        if value:
+            raise UsageError(f"{option} is for a run that goes on: name its folder with --resume")
     if out is not None and not dry_run:
         from lbc_cli.runs import check_free
 
         check_free(out)
     resolved = _resolve(recipe, override or [], flags, smoke, console)
-    _train(resolved, out, dry_run, console, as_json)
+    _train(resolved, out, dry_run, launched, console, as_json)
 
 
 def _refuse_with_resume(folder: Path, given: list[str]) -> None:
@@ -110,68 +124,96 @@ def _resolve(
     return smoked(resolved)
 
 
-def _train(resolved: ResolvedRecipe, out: Path | None, dry_run: bool, console: Console, as_json: bool) -> None:
-    from lbc_cli.report import print_plan, task
-    from lbc_cli.report.describe import plan_view
-    from lbc_cli.runs import RunFolder, unique
-    from lbc_cli.training import prepare
-
-    with task(console, "preparing, images checked") as advance:
-        job = prepare(resolved, advance)
-    _announce(job, console)
-    if dry_run:
-        plan = plan_view(job, str(out or unique(job.default_folder)))
-        console.json(plan) if as_json else print_plan(console, plan)
-        return
-    folder = RunFolder.create(out) if out is not None else RunFolder.create_unique(job.default_folder)
-    console.info(f"run folder {folder.path}")
-    _run(job, folder, console, as_json, resuming=False)
-
-
-def _resume(path: Path, console: Console, as_json: bool) -> None:
-    from lbc_cli import training
+def _train(
+    resolved: ResolvedRecipe,
+    out: Path | None,
+    dry_run: bool,
+    launched: Launch | None,
+    console: Console,
+    as_json: bool,
+) -> None:
+    from lbc_cli.distributed import session
     from lbc_cli.report import task
     from lbc_cli.runs import RunFolder
+    from lbc_cli.trackers import check_trackers
+    from lbc_cli.training import prepare
+
+    check_trackers(resolved.recipe.track)
+    with session(launched, resolved.recipe.train.device) as world:
+        with task(console, "preparing, images checked") as advance:
+            job = prepare(resolved, advance, world)
+        _announce(job, console)
+        if dry_run:
+            _plan(job, out, console, as_json)
+            return
+        if not world.main:
+            _take_part(job)
+            return
+        folder = RunFolder.create(out) if out is not None else RunFolder.create_unique(job.default_folder)
+        console.info(f"run folder {folder.path}")
+        _run(job, folder, console, as_json)
+
+
+def _plan(job: Job, out: Path | None, console: Console, as_json: bool) -> None:
+    from lbc_cli.report import print_plan
+    from lbc_cli.report.describe import plan_view
+    from lbc_cli.runs import unique
+
+    if job.world.main:
+        plan = plan_view(job, str(out or unique(job.default_folder)))
+        console.json(plan) if as_json else print_plan(console, plan)
+
+
+def _resume(
+    path: Path, previous: bool, extend_to: int | None, launched: Launch | None, console: Console, as_json: bool
+) -> None:
+    from lbc_cli.distributed import session
+    from lbc_cli.recipe import resolve
+    from lbc_cli.report import task
+    from lbc_cli.resuming import resume
+    from lbc_cli.runs import RunFolder
+    from lbc_cli.trackers import check_trackers
 
     folder = RunFolder.open(path)
-    with task(console, "preparing, images checked") as advance:
-        job = training.resume(folder, advance)
-    _announce(job, console)
-    _run(job, folder, console, as_json, resuming=True)
+    check_trackers(resolve(folder.recipe).recipe.track)
+    with session(launched, resolve(folder.recipe).recipe.train.device) as world:
+        with task(console, "preparing, images checked") as advance:
+            job = resume(folder, advance, previous=previous, extend_to=extend_to, world=world)
+        for note in job.notes:
+            console.info(note)
+        _announce(job, console)
+        if world.main:
+            _run(job, folder, console, as_json)
+        else:
+            _take_part(job)
 
 
 def _announce(job: Job, console: Console) -> None:
     targets, skipped = len(job.pruner.targets), len(job.pruner.skipped)
-    console.info(
-        f"{job.title} on {job.source.name}, device {job.device}: {targets} sparse layers, {skipped} left dense"
-    )
+    where = f"device {job.device}" if job.world.size == 1 else f"{job.world.size} ranks, device {job.device.type}"
+    console.info(f"{job.title} on {job.source.name}, {where}: {targets} sparse layers, {skipped} left dense")
     for image in job.source.dropped:
         console.warning(f"unreadable image left out: {image}")
 
 
-def _run(job: Job, folder: RunFolder, console: Console, as_json: bool, *, resuming: bool) -> None:
+def _take_part(job: Job) -> None:
+    from lbc_cli import training
+    from lbc_cli.engine import StopOnSignal
+
+    with StopOnSignal() as stop:
+        training.take_part(job, stop=stop)
+
+
+def _run(job: Job, folder: RunFolder, console: Console, as_json: bool) -> None:
     from lbc_cli import training
     from lbc_cli.engine import StopOnSignal
     from lbc_cli.report import TrainingProgress, print_summary
     from lbc_cli.report.describe import summary_view
+    from lbc_cli.report.live import run_observed
 
-    with _curves_at_the_end(job, folder), StopOnSignal() as stop:
-        outcome = training.run(job, folder, resuming=resuming, reporter=TrainingProgress(console), stop=stop)
+    with StopOnSignal() as stop:
+        outcome = run_observed(job, folder, TrainingProgress(console), stop=stop)
     if as_json:
         console.json(training.summary(job, outcome))
     else:
         print_summary(console, summary_view(job, outcome, folder))
-
-
-@contextlib.contextmanager
-def _curves_at_the_end(job: Job, folder: RunFolder) -> Iterator[None]:
-    """Draw the curves of what was trained, also of a run that was interrupted or failed."""
-    from lbc_cli.report import run_curves
-
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(LbcError):  # what ended the run is what the user must hear of
-            run_curves(job, folder)
-        raise
-    run_curves(job, folder)

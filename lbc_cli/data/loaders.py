@@ -35,8 +35,12 @@ from lbc_cli.data.order import (
 )
 from lbc_cli.data.rng import EpochKey
 from lbc_cli.data.transforms import Pixels, evaluation_transform, resolve_pixels, training_transform
+from lbc_cli.distributed import ALONE, World
 from lbc_cli.errors import DataError
 from lbc_cli.recipe import schema
+
+_OUTLAST = 20  # seconds
+_ENDING = (signal.SIGINT, signal.SIGTERM)
 
 
 class Loader:
@@ -78,15 +82,19 @@ class TrainingLoader(Loader):
         key: what their seeds come from.
         mixup: what mixes the batches, if anything does.
         off_epoch: no mixing from this epoch on; 0 is never.
+        world: the ranks that share every batch.
     """
 
-    def __init__(self, loader: DataLoader[Any], key: EpochKey, mixup: Mixup | None, off_epoch: int) -> None:
+    def __init__(
+        self, loader: DataLoader[Any], key: EpochKey, mixup: Mixup | None, off_epoch: int, world: World = ALONE
+    ) -> None:
         size = loader.batch_size or cast(EpochBatches, loader.batch_sampler).size
         super().__init__(loader, len(loader) * size, len(loader))
         self._loader = loader
         self._key = key
         self._mixup = mixup
         self._off_epoch = off_epoch
+        self._world = world
         self._erasing: SeededErasing | None = None
         self._skipped = 0
         self.set_epoch(0)
@@ -96,7 +104,9 @@ class TrainingLoader(Loader):
         self._batches = _prefetched(self._loader, pixels, device)
         if augment.reprob > 0:
             erasing = RandomErasing(augment.reprob, mode=augment.remode, max_count=augment.recount, device=device)
-            self._batches.random_erasing = self._erasing = SeededErasing(erasing, self._key, device)
+            self._batches.random_erasing = self._erasing = SeededErasing(
+                erasing, self._key, device, self._world.rank, self._world.size
+            )
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
         """Choose what the next pass yields.
@@ -148,8 +158,11 @@ def make_loaders(
     data_config: Mapping[str, Any],
     device: torch.device,
     seed: int,
+    world: World = ALONE,
 ) -> Loaders:
     """Build the training and the evaluation loader.
+
+    With several ranks each gets its part of every training batch, and evaluates its share of the images, none twice.
 
     Args:
         source: what `open_data` or `generated_data` returned; its sets are left as they are.
@@ -159,6 +172,7 @@ def make_loaders(
             crop_pct.
         device: where the batches go if it is a CUDA device; otherwise they stay on the CPU.
         seed: of order, augmentation and mixing.
+        world: the ranks that share the images.
 
     Raises:
         DataError: fewer training images than a batch, settings that no transform can follow, or that a stream cannot.
@@ -168,12 +182,12 @@ def make_loaders(
     mixup = _make_mixup(augment, data.batch_size, source.num_classes, uint8=ahead)
     images = _prepared(source.train, training_transform(augment, pixels, uint8=ahead), pixels)
     key = EpochKey(seed)
-    samples = _training_samples(images, data, augment.aug_repeats, key)
+    samples = _training_samples(images, data, augment.aug_repeats, key, world)
     loader = _loader(samples.pop("dataset"), data.workers, device, MixingCollate(key, mixup), **samples)
-    train = TrainingLoader(loader, key, mixup, augment.mixup_off_epoch)
+    train = TrainingLoader(loader, key, mixup, augment.mixup_off_epoch, world)
     if ahead:
         train.prefetch(pixels, augment, device)
-    return Loaders(train, _evaluation_loader(source.val, data, pixels, device), pixels, mixup is not None)
+    return Loaders(train, _evaluation_loader(source.val, data, pixels, device, world), pixels, mixup is not None)
 
 
 def _prefetches(device: torch.device) -> bool:
@@ -197,17 +211,23 @@ def _make_mixup(augment: schema.Augment, batch: int, classes: int, *, uint8: boo
     )
 
 
-def _training_samples(images: Any, data: schema.Data, repeats: int, key: EpochKey) -> dict[str, Any]:
+def _training_samples(images: Any, data: schema.Data, repeats: int, key: EpochKey, world: World) -> dict[str, Any]:
     """The seeded samples and how torch's loader batches them."""
     if isinstance(images, ImageStream):
+        if world.size > 1:
+            raise DataError(
+                f"{images.where} is a stream, whose order is made by the loader processes of one rank; with "
+                f"{world.size} ranks give an image folder, a tar or hfds/NAME"
+            )
         if repeats > 1:
             raise DataError(f"{images.where} is a stream, which cannot repeat images: set augment.aug_repeats to 0")
         images.set_loader(data.workers, key.seed, 0)
         _require_a_batch(images.dataset.reader.num_samples, data.batch_size)
         return {"dataset": SeededStream(images, key), "batch_size": data.batch_size, "drop_last": True}
     sampler = EpochSampler(len(images), key.seed, repeats)
-    _require_a_batch(len(sampler), data.batch_size)
-    return {"dataset": SeededSet(images, key), "batch_sampler": EpochBatches(sampler, data.batch_size)}
+    _require_a_batch(len(sampler), data.batch_size, world.size)
+    batches = EpochBatches(sampler, data.batch_size, world.rank, world.size)
+    return {"dataset": SeededSet(images, key), "batch_sampler": batches}
 
 
 def _prepared(dataset: Any, transform: Callable[[Any], Any], pixels: Pixels) -> Any:
@@ -221,10 +241,12 @@ def _prepared(dataset: Any, transform: Callable[[Any], Any], pixels: Pixels) -> 
     return prepared
 
 
-def _require_a_batch(images: int, batch: int) -> None:
-    if images < batch:
+def _require_a_batch(images: int, batch: int, ranks: int = 1) -> None:
+    if images < batch * ranks:
+        each = f" for each of {ranks} ranks" if ranks > 1 else ""
         raise DataError(
-            f"{images} training images are fewer than one batch of {batch}; set data.batch_size to at most {images}"
+            f"{images} training images are fewer than one batch of {batch}{each}; set data.batch_size to at most "
+            f"{images // ranks}"
         )
 
 
@@ -232,20 +254,38 @@ def _loader(
     dataset: Any, workers: int, device: torch.device, collate: Callable[[Any], Batch], **options: Any
 ) -> DataLoader[Any]:
     # No persistent workers: each epoch forks anew, so that its key and its mixing are those of the main process.
-    return DataLoader(
+    return _Loader(
         dataset,
         num_workers=workers,
         pin_memory=device.type == "cuda",
         collate_fn=collate,
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=_outlast_signals,
         generator=torch.Generator(),
         **options,
     )
 
 
-def _ignore_interrupts(worker_id: int) -> None:
-    # Ctrl-C reaches the whole process group; the main process decides when its loaders end, and saves first.
+class _Loader(DataLoader[Any]):
+    """Its processes begin with signals held back, so that none ends them before they know what to do with it."""
+
+    def __iter__(self) -> Any:
+        if not hasattr(signal, "pthread_sigmask"):
+            return super().__iter__()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _outlast_signals(worker_id: int) -> None:
+    # Ctrl-C, and torchrun's SIGTERM, reach the whole process group; the main process decides when its loaders end, and
+    # saves first. SIGTERM still ends them, a little later: it is also how a loader process that hangs is ended.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_OUTLAST) and None)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
 
 
 def _prefetched(loader: DataLoader[Any], pixels: Pixels, device: torch.device) -> Any:
@@ -259,7 +299,7 @@ def _prefetched(loader: DataLoader[Any], pixels: Pixels, device: torch.device) -
     )
 
 
-def _evaluation_loader(dataset: Any, data: schema.Data, pixels: Pixels, device: torch.device) -> Loader:
+def _evaluation_loader(dataset: Any, data: schema.Data, pixels: Pixels, device: torch.device, world: World) -> Loader:
     ahead = _prefetches(device)
     images = _prepared(dataset, evaluation_transform(pixels, uint8=ahead), pixels)
     size = data.eval_batch_size or data.batch_size
@@ -267,6 +307,9 @@ def _evaluation_loader(dataset: Any, data: schema.Data, pixels: Pixels, device: 
     shares = max(1, data.workers) if isinstance(images, ImageStream) else 1
     if isinstance(images, ImageStream):
         images.set_loader(data.workers, 0, 0)
-    loader = _loader(images, data.workers, device, stack, batch_size=size)
-    length = shares * math.ceil(math.ceil(len(images) / shares) / size)
+    # Every rank evaluates each size-th image; nothing is padded, so nothing counts twice.
+    share = range(world.rank, len(images), world.size)
+    order = {} if world.size == 1 else {"sampler": share}
+    loader = _loader(images, data.workers, device, stack, batch_size=size, **order)
+    length = shares * math.ceil(math.ceil(len(share) / shares) / size)
     return Loader(_prefetched(loader, pixels, device) if ahead else loader, len(images), length)

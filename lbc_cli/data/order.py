@@ -51,20 +51,33 @@ class EpochSampler(Sampler[int]):
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):
-    """Whole batches of (place in the epoch, position in the data set), from `first` on."""
+    """Whole batches of (place in the epoch, position in the data set), from `first` on.
 
-    def __init__(self, sampler: EpochSampler, size: int) -> None:
+    Several ranks cut the batches of one process with their common size: batch i of rank r is the r-th part of batch i
+    of that process. So the images of an update do not depend on how many ranks share them.
+
+    Args:
+        sampler: the order of the epoch, the same on every rank.
+        size: images of a batch of one rank.
+        rank: which part is taken.
+        ranks: how many parts there are.
+    """
+
+    def __init__(self, sampler: EpochSampler, size: int, rank: int = 0, ranks: int = 1) -> None:
         self.sampler = sampler
         self.size = size
+        self.rank = rank
+        self.ranks = ranks
         self.first = 0
 
     def __len__(self) -> int:
-        return len(self.sampler) // self.size
+        return len(self.sampler) // (self.size * self.ranks)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         places = list(enumerate(self.sampler))
         for batch in range(self.first, len(self)):
-            yield places[batch * self.size : (batch + 1) * self.size]
+            start = (batch * self.ranks + self.rank) * self.size
+            yield places[start : start + self.size]
 
 
 class SeededSet(Dataset[tuple[Any, int, int]]):
@@ -130,17 +143,29 @@ def stack(samples: Sequence[tuple[Any, ...]]) -> Batch:
 
 
 class SeededErasing:
-    """timm's random erasing on the device, under the seed of (epoch, batch)."""
+    """timm's random erasing on the device, under the seed of (epoch, batch, rank's part of it).
 
-    def __init__(self, erasing: RandomErasing, key: EpochKey, device: torch.device) -> None:
+    Args:
+        erasing: timm's.
+        key: of the epoch.
+        device: where the batches are.
+        rank: which part of every batch comes here.
+        ranks: how many parts there are.
+    """
+
+    def __init__(
+        self, erasing: RandomErasing, key: EpochKey, device: torch.device, rank: int = 0, ranks: int = 1
+    ) -> None:
         self.erasing = erasing
         self.key = key
         self.device = device
+        self.rank = rank
+        self.ranks = ranks
         self.batch = 0
 
     def __call__(self, images: Tensor) -> Tensor:
         """The next batch [B, C, H, W], erased in place."""
-        with isolated_rng(stable_seed(self.key.value, ERASE, self.batch), self.device):
+        with isolated_rng(stable_seed(self.key.value, ERASE, self.batch * self.ranks + self.rank), self.device):
             erased: Tensor = self.erasing(images)
         self.batch += 1
         return erased

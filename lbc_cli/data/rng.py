@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
-SAMPLE, MIX, ERASE, ORDER = range(4)
+SAMPLE, MIX, ERASE, ORDER, STEP = range(5)
 
 
 def stable_seed(*parts: int) -> int:
@@ -37,13 +37,18 @@ def epoch_seed(seed: int, epoch: int) -> int:
     return stable_seed(seed, epoch)
 
 
-def seed_everything(seed: int, epoch: int) -> None:
-    """Seed python's, numpy's and torch's global generators (every device) for an epoch.
+def seed_everything(seed: int, epoch: int, *place: int) -> None:
+    """Seed python's, numpy's and torch's global generators (every device).
 
-    The loaders do not need it; a loop calls it at the start of each epoch so that the model's own draws are a
-    function of (seed, epoch) too.
+    The loaders do not need it; a loop calls it at the start of each epoch, and of each update, so that the model's own
+    draws (dropout, stochastic depth) are a function of where the run is, whatever came before.
+
+    Args:
+        seed: the recipe's seed.
+        epoch: counted from 0.
+        place: within the epoch: update and rank. Nothing is the epoch's beginning.
     """
-    key = epoch_seed(seed, epoch)
+    key = stable_seed(epoch_seed(seed, epoch), STEP, *place) if place else epoch_seed(seed, epoch)
     random.seed(key)
     np.random.seed(key % 2**32)
     torch.manual_seed(key)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lbc_cli.distributed import ALONE, World
 from lbc_cli.engine.protocols import Amp, Batch
 from lbc_cli.tasks import Task
 
@@ -25,6 +26,7 @@ def evaluate(
     device: torch.device,
     amp: Amp = "off",
     channels_last: bool = False,
+    world: World = ALONE,
 ) -> dict[str, float]:
     """The task's metrics over all batches, exact whatever the size of the last.
 
@@ -35,6 +37,7 @@ def evaluate(
         device: where to compute.
         amp: autocast type of the forward pass.
         channels_last: memory format of the images.
+        world: the ranks, each with batches of its own, whose metrics are taken together.
 
     Raises:
         DataError: if there are no images.
@@ -48,6 +51,8 @@ def evaluate(
             outputs = task.predict(model, images)
         collected.update(outputs, targets)
     model.train(training)
+    if world.size > 1:
+        collected.combine(world.total)
     return collected.result()
 
 

@@ -30,6 +30,9 @@ class Pruner(Protocol):
     def density(self) -> float:
         """Share of the weights kept now."""
 
+    def masks(self) -> dict[str, Tensor]:
+        """Name -> bool mask of the kept weights."""
+
     def planned_survivors(self, epoch: int) -> dict[str, int]:
         """Pattern -> alive per group."""
 
@@ -67,8 +70,8 @@ class Loaders(Protocol):
     def val(self) -> Iterable[Batch]:
         """Evaluation batches, each image once."""
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose order and augmentation of the next pass."""
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Choose order and augmentation of the next pass, and the batch that it starts at."""
 
 
 class Reporter(Protocol):
@@ -133,6 +136,8 @@ class FitSettings:
     eval_every: int = 1
     log_every: int = 50
     save_every: int = 1
+    save_steps: int = 0
+    save_minutes: float = 15.0
 
     @classmethod
     def of(cls, train: schema.Train, device: torch.device) -> FitSettings:

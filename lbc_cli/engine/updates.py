@@ -1,8 +1,19 @@
-"""One optimizer update: forward, backward, scaling, accumulation, the check for divergence, clipping, averaging."""
+"""One optimizer update: forward, backward, scaling, accumulation, the check for divergence, clipping, averaging.
+
+With several ranks the gradients are averaged by DDP in the last backward pass of an update. Its buffers (the statistics
+of batch norms) are rank 0's, which every forward pass takes over: so rank 0's state is the state of the run.
+
+The check for divergence on a CPU, and under a gradient scaler, comes before the update. On a GPU without one it would
+make the host wait for the device at every update: there the flag is copied while the device goes on, and read before
+the next update, or at once where `update(settle=True)` asks for it, as a loop does before it logs or saves. A state on
+the disk is therefore always from before the first value that is not finite.
+"""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +22,11 @@ from timm.models import model_parameters
 from timm.utils import ModelEmaV3
 from timm.utils.clip_grad import dispatch_clip_grad
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
+from lbc_cli.distributed import ALONE, World
 from lbc_cli.engine.evaluation import autocast, place
 from lbc_cli.engine.protocols import Batch, FitSettings
 from lbc_cli.optim import Scheduler
@@ -41,11 +54,35 @@ class Outcome:
 
 
 class NotFiniteError(Exception):
-    """The update was not made: its loss or gradients are not finite."""
+    """Loss or gradients of an update are not finite.
 
-    def __init__(self, outcome: Outcome) -> None:
-        self.outcome = outcome
+    Attributes:
+        outcome: of that update.
+        made: whether the update was made before it was noticed.
+        ago: how many updates were begun since.
+    """
+
+    def __init__(self, outcome: Outcome, *, made: bool, ago: int = 0) -> None:
+        self.outcome, self.made, self.ago = outcome, made, ago
         super().__init__("loss or gradient is not finite")
+
+
+class _Pending:
+    """A flag on its way from the device to the host."""
+
+    def __init__(self, outcome: Outcome, finite: Tensor) -> None:
+        self.outcome = outcome
+        self._flag = torch.empty((), dtype=torch.bool, pin_memory=finite.is_cuda)
+        self._flag.copy_(finite, non_blocking=True)
+        self._copied = torch.cuda.Event() if finite.is_cuda else None  # type: ignore[no-untyped-call]
+        if self._copied is not None:
+            self._copied.record()
+
+    def finite(self) -> bool:
+        """The flag; waits until it has come."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return bool(self._flag)
 
 
 class Updater:
@@ -57,19 +94,32 @@ class Updater:
         scheduler: sets the learning rates.
         task: batch -> loss.
         settings: the loop's options.
+        world: the ranks that share every update.
 
     Attributes:
         updates: made so far, those skipped by the gradient scaler included.
+        between: whether the last update is complete, so that the state is that of a moment between two.
         ema: the averaged model, or None.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: Optimizer, scheduler: Scheduler, task: Task, settings: FitSettings
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        scheduler: Scheduler,
+        task: Task,
+        settings: FitSettings,
+        world: World = ALONE,
     ) -> None:
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.task, self.settings = task, settings
-        # Only training goes through the compiled wrapper: evaluation would compile anew for its mode and last batch.
-        self._forward: Any = torch.compile(model) if settings.compile else model
+        self._ddp = _distributed(model, settings.device) if world.size > 1 else None
+        whole: nn.Module = model if self._ddp is None else self._ddp
+        # Only training goes through the wrappers: evaluation would compile anew for its mode and last batch.
+        self._forward: Any = torch.compile(whole) if settings.compile else whole
+        self._pending: _Pending | None = None
+        self.lags = settings.device.type == "cuda" and settings.amp != "float16"
+        self.between = True
         self._scaler = torch.amp.GradScaler(settings.device.type, enabled=settings.amp == "float16")
         self._ema = ModelEmaV3(model, decay=settings.ema_decay) if settings.ema else None
         self._parameters = [p for p in model.parameters() if p.requires_grad]
@@ -85,17 +135,21 @@ class Updater:
         self.scheduler.step_update(self.updates)
         return float(max(group["lr"] for group in self.optimizer.param_groups))
 
-    def update(self, group: Iterator[Batch]) -> Outcome:
+    def update(self, group: Iterator[Batch], size: int = 1, *, settle: bool = True) -> Outcome:
         """Make one update.
 
         Args:
             group: its batches; there is at least one.
+            size: how many there are; only averaging over ranks must know it.
+            settle: whether the caller must be sure that this update was finite.
 
         Raises:
-            NotFiniteError: before anything was changed but the gradients.
+            NotFiniteError: before anything was changed but the gradients; where the check lags (see the module), one
+                update later unless it was settled.
         """
         lr = self.set_rate()
-        loss, images, expected = self._backward(group)
+        loss, images, expected = self._backward(group, size)
+        self.settle(ago=1)
         self._scaler.unscale_(self.optimizer)
         grads = [p.grad for p in self._parameters if p.grad is not None]
         if images != expected:
@@ -105,10 +159,31 @@ class Updater:
         self._check(outcome)
         if self.settings.clip_grad:
             self._clip(outcome.norm)
+        self.between = False
         self._step()
+        self.between = True
+        if settle:
+            self.settle()
         return outcome
 
-    def _backward(self, group: Iterator[Batch]) -> tuple[Tensor, int, int]:
+    def settle(self, ago: int = 0) -> None:
+        """Read the flag of the last update, if it is still on its way.
+
+        Args:
+            ago: how many updates were begun since.
+
+        Raises:
+            NotFiniteError: if that update was not finite.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None and not pending.finite():
+            raise NotFiniteError(pending.outcome, made=True, ago=ago)
+
+    def _averaging(self, last: bool) -> AbstractContextManager[Any]:
+        """Ranks exchange gradients in the last backward pass of an update only."""
+        return contextlib.nullcontext() if last or self._ddp is None else self._ddp.no_sync()
+
+    def _backward(self, group: Iterator[Batch], size: int) -> tuple[Tensor, int, int]:
         """Accumulate gradients, each batch weighing as many of the `expected` images of a full group as it has.
 
         Returns:
@@ -117,13 +192,14 @@ class Updater:
         settings = self.settings
         total = torch.zeros((), dtype=torch.float64, device=settings.device)
         expected = seen = 0
-        for raw_images, raw_targets in group:
+        for number, (raw_images, raw_targets) in enumerate(group, 1):
             images, targets = place(raw_images, raw_targets, settings.device, settings.channels_last)
             count = len(images)
             expected = expected or count * settings.accumulate
-            with autocast(settings.device, settings.amp):
-                loss, _ = self.task.training_loss(self._forward, images, targets)
-            torch.autograd.backward(self._scaler.scale(loss * (count / expected)))
+            with self._averaging(number == size):
+                with autocast(settings.device, settings.amp):
+                    loss, _ = self.task.training_loss(self._forward, images, targets)
+                torch.autograd.backward(self._scaler.scale(loss * (count / expected)))
             total += loss.detach() * count
             seen += count
         return total, seen, expected
@@ -134,8 +210,10 @@ class Updater:
         finite = torch.isfinite(outcome.loss)
         if not scaled:
             finite = finite & torch.isfinite(outcome.norm)
-        if not finite.item() or (scaled and self._scaler.get_scale() < LEAST_SCALE):
-            raise NotFiniteError(outcome)
+        if self.lags:
+            self._pending = _Pending(outcome, finite)
+        elif not finite.item() or (scaled and self._scaler.get_scale() < LEAST_SCALE):
+            raise NotFiniteError(outcome, made=False)
 
     def _clip(self, norm: Tensor) -> None:
         bound, mode = self.settings.clip_grad, self.settings.clip_mode
@@ -172,6 +250,33 @@ class Updater:
         if self._scaler.is_enabled():
             self._scaler.load_state_dict(state["scaler"])
         self.updates = state["updates"]
+
+
+class _Passed(nn.Module):
+    """A model that can also be passed without images: then every parameter has a gradient, in reverse order."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor | None) -> Any:
+        if images is not None:
+            return self.model(images)
+        return torch.stack([p.sum() for p in self.model.parameters() if p.requires_grad]).sum()
+
+
+def _distributed(model: nn.Module, device: torch.device) -> DistributedDataParallel:
+    """The model with its gradients averaged over the ranks; weights and buffers begin as rank 0's.
+
+    DDP forms its buckets anew after the first backward pass, by the order in which gradients came. Sums over more than
+    two ranks round by an element's place in its bucket, so the first update of a resumed run would round as no update
+    of a run that was not stopped. A pass without images settles the buckets before the first update of either.
+    """
+    averaged = DistributedDataParallel(_Passed(model), device_ids=None if device.type == "cpu" else [device])
+    averaged(None).backward()
+    for parameter in model.parameters():
+        parameter.grad = None
+    return averaged
 
 
 def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:

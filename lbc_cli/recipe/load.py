@@ -16,6 +16,9 @@ from lbc_cli.recipe.layers import Layer, leaves, merge
 from lbc_cli.recipe.lines import dotted
 from lbc_cli.recipe.schema import Recipe
 
+HEADER = "# Recipe as resolved: "  # and the files that it was made from
+NO_FILES = "none but the defaults"
+
 
 @dataclass(frozen=True, slots=True)
 class ResolvedRecipe:
@@ -107,8 +110,8 @@ def to_toml(resolved: ResolvedRecipe) -> str:
     Returns:
         Text that `tomllib` and `resolve` read back as the same recipe.
     """
-    source = printable(" extends ".join(resolved.extends)) or "none but the defaults"
-    header = f"# Recipe as resolved: {source}\n# Behind each value: where it comes from.\n\n"
+    source = printable(" extends ".join(resolved.extends)) or NO_FILES
+    header = f"{HEADER}{source}\n# Behind each value: where it comes from.\n\n"
     return header + toml_text(resolved.recipe.model_dump(), resolved.provenance)
 
 

@@ -168,6 +168,15 @@ def _teacher(recipe: Recipe) -> Iterator[Finding]:
             yield Finding((("distill", key),), f"there is no teacher to which {key} applies: set distill.teacher")
 
 
+def _track(recipe: Recipe) -> Iterator[Finding]:
+    if "wandb" in recipe.track.tools:
+        return
+    for key in ("project", "name", "mode"):
+        if getattr(recipe.track, key) != type(recipe.track).model_fields[key].default:
+            text = f'{key} is for wandb, which is not among track.tools: add "wandb" to them, or leave {key} out'
+            yield Finding((("track", key),), text)
+
+
 def _plain_values(recipe: Recipe) -> Iterator[Finding]:
     for path, value in leaves(recipe.model_dump()):
         for item in _flat(value):
@@ -198,5 +207,6 @@ _RULES: tuple[Callable[[Recipe], Iterator[Finding]], ...] = (
     _crop,
     _jitter,
     _teacher,
+    _track,
     _plain_values,
 )

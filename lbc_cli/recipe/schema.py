@@ -97,7 +97,7 @@ class Data(Table):
     )
     download: bool = Field(default=False, description="let torch/ data sets download themselves")
     class_map: str = Field(default="", description="file with one class name a line, fixing the class ids")
-    batch_size: Positive = Field(default=256, description="images per update of one process, before accumulation")
+    batch_size: Positive = Field(default=256, description="images of a batch of one process, as in timm")
     eval_batch_size: Count = Field(default=0, description="images per evaluation batch; 0: batch_size")
     workers: Count = Field(default=4, description="loader processes")
     image_size: Count = Field(default=0, description="side in pixels; 0: the model's own")
@@ -144,6 +144,12 @@ class Optimizer(Table):
         description="timm optimizer name, element-wise; timm's sgd has Nesterov's momentum unless kwargs say no",
     )
     lr: Rate = Field(default=0.1, description="peak learning rate")
+    lr_base_size: Count = Field(
+        default=0,
+        description="images of an update that lr is meant for: lr is scaled by batch_size x accumulate x processes "
+        "over it; 0: lr as it is",
+    )
+    lr_base_scale: Literal["linear", "sqrt"] = Field(default="linear", description="how lr follows lr_base_size")
     momentum: Rate = Field(default=0.9, description="momentum of SGD-like optimizers")
     weight_decay: Rate = Field(default=5e-4, description="weight decay")
     decay_1d: bool = Field(default=False, description="decay biases and norms as well")
@@ -183,6 +189,24 @@ class Train(Table):
     eval_every: Positive = Field(default=1, description="epochs between evaluations; the last is always one")
     log_every: Positive = Field(default=50, description="updates between step records")
     save_every: Positive = Field(default=1, description="epochs between saved states")
+    save_steps: Count = Field(default=0, description="updates between saved states within an epoch; 0: none")
+    save_minutes: Rate = Field(
+        default=15.0, description="minutes after which a state is saved within an epoch as well; 0: none"
+    )
+    sync_bn: bool = Field(
+        default=False, description="batch norms take their statistics over all processes of a distributed run (CUDA)"
+    )
+
+
+class Track(Table):
+    """Tools that follow the run beside its own files; each needs the extra of its name."""
+
+    tools: list[Literal["tensorboard", "wandb"]] = Field(
+        default_factory=list, description="tensorboard, wandb, or both"
+    )
+    project: str = Field(default="lbc", description="wandb: name of the project")
+    name: str = Field(default="", description="wandb: name of the run; empty: the run folder's")
+    mode: Literal["online", "offline"] = Field(default="online", description="wandb: offline keeps it on the disk")
 
 
 class Recipe(Table):
@@ -201,3 +225,4 @@ class Recipe(Table):
     optimizer: Optimizer = Field(default_factory=Optimizer)
     schedule: Schedule = Field(default_factory=Schedule)
     train: Train = Field(default_factory=Train)
+    track: Track = Field(default_factory=Track)

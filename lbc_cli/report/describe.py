@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lbc_cli.environment import describe_hardware
+from lbc_cli.optim import scaled
+from lbc_cli.recipe.schema import Train
 from lbc_cli.report import views
-from lbc_cli.report.formats import format_accuracy, format_bytes, format_seconds, plural
+from lbc_cli.report.formats import format_accuracy, format_bytes, format_percent, format_seconds, plural
 from lbc_cli.runs import RunFolder
 
 if TYPE_CHECKING:
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from lbc_cli.training import Job, Outcome
     from lbc_cli.verifier import Report, Violation
 
+_SAVE_MINUTES = Train().save_minutes
 _BROKEN = ("pattern", "positions")  # rules of the verifier that say a group breaks its pattern
 
 
@@ -56,13 +59,10 @@ def summary_view(job: Job, outcome: Outcome, folder: RunFolder) -> views.Summary
     files = {"run folder": folder.path, "checkpoint": folder.model}
     if outcome.ema_report is not None:
         files["averaged weights"] = folder.ema
-    densities = job.pruner.densities()
-    metrics = outcome.result.last
-    names = ("top1", "top5", "val_loss", "ema_top1", "ema_top5", "train_loss")
     return views.SummaryView(
         title=job.title,
-        results={name: metrics[name] for name in names if name in metrics},
-        layers=_layers(job, densities),
+        results=_results(outcome.result.last),
+        layers=_layers(job, job.pruner.densities()),
         skipped=_skipped(job),
         memory=outcome.memory,
         cost=_cost(outcome.account, job.images),
@@ -74,6 +74,36 @@ def summary_view(job: Job, outcome: Outcome, folder: RunFolder) -> views.Summary
         files={what: str(path) for what, path in files.items()},
         facts=_facts(job),
     )
+
+
+def running_view(job: Job, folder: RunFolder, last: Mapping[str, Any]) -> views.SummaryView:
+    """How a run stands that has not come to its end.
+
+    Args:
+        job: of the run.
+        folder: of the run.
+        last: record of its last epoch, empty before there is one.
+    """
+    return views.SummaryView(
+        title=job.title,
+        results=_results(last),
+        layers=_layers(job, job.pruner.densities()),
+        skipped=_skipped(job),
+        memory=job.pruner.memory_bytes(),
+        cost=_cost(job.planned_account(), job.images),
+        dense_bytes=None,
+        file_bytes=None,
+        times={},
+        verified=None,
+        files={"run folder": str(folder.path)},
+        facts=_facts(job),
+    )
+
+
+def _results(record: Mapping[str, Any]) -> dict[str, float | None]:
+    """The metrics of an epoch that results show."""
+    names = ("top1", "top5", "val_loss", "ema_top1", "ema_top5", "train_loss")
+    return {name: record[name] for name in names if record.get(name) is not None}
 
 
 def verify_view(report: Report) -> views.VerifyView:
@@ -152,6 +182,10 @@ def train_bench_view(result: TrainBench) -> views.TrainBenchView:
         "layout": "channels last" if setup.channels_last else "contiguous",
         "schedule": "middle of the ramp: masks and scores both at work",
         "removal": f"{format_seconds(result.removal)}, once an epoch while the ramp lasts",
+        "saved state": (
+            f"{format_bytes(result.state_bytes)}, written in {format_seconds(result.state_seconds)}: every "
+            f"{_SAVE_MINUTES:g} minutes, {format_percent(result.state_seconds / (60 * _SAVE_MINUTES))} of the time"
+        ),
         "method memory": ", ".join(f"{kind} {format_bytes(size)}" for kind, size in result.memory.items() if size),
         **_hardware(),
     }
@@ -177,14 +211,19 @@ def _facts(job: Job) -> dict[str, str]:
     recipe = job.resolved.recipe
     pixels = job.loaders.pixels
     accumulate = f" x {recipe.train.accumulate}" if recipe.train.accumulate > 1 else ""
+    ranks = f" x {job.world.size} ranks" if job.world.size > 1 else ""
     facts = {
         "recipe": job.resolved.name or "none but the defaults",
         "data": f"{job.source.name}, {job.source.num_classes} classes, {pixels.height} x {pixels.width} pixels",
-        "batch": f"{recipe.data.batch_size}{accumulate} images, {job.updates_per_epoch} updates an epoch",
+        "batch": f"{recipe.data.batch_size}{accumulate}{ranks} images, {job.updates_per_epoch} updates an epoch",
         "epochs": f"{recipe.train.epochs}, seed {recipe.train.seed}",
         **_hardware(),
         "device": str(job.device),
     }
+    if recipe.optimizer.lr_base_size:
+        lr, size = recipe.optimizer.lr, recipe.optimizer.lr_base_size
+        rate = scaled(recipe, job.world.size).lr
+        facts["peak rate"] = f"{rate:g}: {lr:g} for {size} images, {recipe.optimizer.lr_base_scale}"
     if recipe.distill.teacher:
         wanted = recipe.distill
         facts["teacher"] = f"{wanted.teacher}, alpha {wanted.alpha:g}, temperature {wanted.temperature:g}"
