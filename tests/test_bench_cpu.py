@@ -29,8 +29,9 @@ from lbc_cli.patterns import Pattern, magnitude_mask
 from lbc_cli.report import Console
 from lbc_cli.report.benched import print_bench
 from lbc_cli.report.benched_plot import draw_bench
+from lbc_cli.runtime import cpu_dense
 from lbc_cli.runtime.clock import Times
-from lbc_cli.runtime.cpu_dense import PackedLayer
+from lbc_cli.runtime.cpu_dense import PackedLayer, packs
 from lbc_cli.runtime.executors import EXECUTORS
 from lbc_cli.runtime.layer import Layer
 from lbc_cli.runtime.prepare import Prepared, prepare
@@ -40,6 +41,7 @@ from tests.test_cli import lbc
 from tests.test_runtime import CPU
 
 REFERENCE = [EXECUTORS["reference"]]
+needs_bf16 = pytest.mark.skipif(not packs(torch.bfloat16), reason="oneDNN has no bfloat16 on this processor")
 
 
 class Small(nn.Module):
@@ -108,6 +110,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, target: Any, seconds: Mapping[str,
     monkeypatch.setattr(target, "in_turns", instead)
 
 
+@needs_bf16
 def test_every_dense_way_is_timed_and_the_fastest_is_dense(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = eager_instead(monkeypatch)
     scripted(monkeypatch, whole_cpu, {"dense: onnxruntime": 0.5, "sparse: eager NHWC": 0.25, "dense bf16: packed": 0.2})
@@ -143,6 +146,7 @@ def test_the_faster_layout_is_compiled(prepared: Prepared, monkeypatch: pytest.M
         assert compiled[0] == (torch.float32, channels_last)
 
 
+@needs_bf16
 def test_what_cannot_run_is_said_and_left_out(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*arguments: Any, **options: Any) -> Any:
         raise RuntimeError("no working\nC++ compiler")
@@ -190,6 +194,7 @@ def test_a_rival_that_computes_something_else_stops_the_bench(
         bench_for(prepared, Notes(), modes=("eager", "compiled")).measure(1, None)
 
 
+@needs_bf16
 def test_bfloat16_that_is_far_off_is_left_out_with_a_note(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(results.TOLERANCE, torch.bfloat16, 1e-6)
     scripted(monkeypatch, whole_cpu, {})
@@ -242,20 +247,42 @@ def test_a_compiler_that_is_missing_is_named(prepared: Prepared, monkeypatch: py
         compiling.compiled_call(nn.Identity(), torch.zeros(1), at_once=1)
 
 
-def test_packed_models_compute_the_same(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
-    images = torch.randn(3, 3, 20, 20).contiguous(memory_format=torch.channels_last)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), pytest.param(torch.bfloat16, 2e-2, marks=needs_bf16)]
+)
+def test_packed_models_compute_the_same(prepared: Prepared, dtype: torch.dtype, tolerance: float) -> None:
+    images = torch.randn(3, 3, 20, 20).to(dtype, memory_format=torch.channels_last)
     with torch.inference_mode():
-        for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
-            expected = prepared.dense(dtype=dtype, device=CPU)(images.to(dtype))
-            packed = packed_model(prepared, dtype)
-            assert float((packed(images.to(dtype)) - expected).abs().max()) <= tolerance * float(expected.abs().max())
-            layers = [module for module in packed.modules() if isinstance(module, PackedLayer)]
-            assert [module.relu for module in layers].count(True) == 3
-            assert len(layers) == 5
+        expected = prepared.dense(dtype=dtype, device=CPU)(images)
+        packed = packed_model(prepared, dtype)
+        assert float((packed(images) - expected).abs().max()) <= tolerance * float(expected.abs().max())
+    layers = [module for module in packed.modules() if isinstance(module, PackedLayer)]
+    assert [module.relu for module in layers].count(True) == 3
+    assert len(layers) == 5
+
+
+def test_a_type_that_no_processor_packs(prepared: Prepared) -> None:
     with pytest.raises(RuntimeError, match="oneDNN packs none of its weights"):
         packed_model(prepared, torch.float64)
 
 
+def test_on_a_processor_without_bfloat16_it_is_left_out_and_nothing_is_packed(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (cpu_dense, whole_cpu):
+        monkeypatch.setattr(module, "packs", lambda dtype: dtype == torch.float32)
+    scripted(monkeypatch, whole_cpu, {})
+    notes = Notes()
+    with torch.inference_mode():
+        found, _ = bench_for(prepared, notes).measure(1, None)
+        model, _ = prepared.sparse(REFERENCE, dtype=torch.bfloat16, device=CPU)
+        assert model(prepared.sample.bfloat16()).isfinite().all()
+    assert BF16 not in found.sides
+    assert notes.lines() == ("dense bf16 is left out: oneDNN has no bfloat16 on this processor",)
+    assert not any(isinstance(module, PackedLayer) for module in model.modules())
+
+
+@needs_bf16
 def test_dense_ways_get_slices_too(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ways, "images_at_once", lambda seen, batch: 3)
     assert [slice_size(prepared, batch) for batch in (1, 3, 4, 7, 9)] == [1, 3, 2, 1, 3]

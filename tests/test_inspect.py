@@ -259,18 +259,17 @@ def test_half_a_second_whatever_the_size(tmp_path: Path) -> None:
     )
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
     environment["PYTHONPYCACHEPREFIX"] = str(tmp_path / "pyc")  # an installed package has its modules compiled
+
+    def measure(*arguments: str) -> tuple[float, float]:
+        command = [sys.executable, "-c", script, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        assert done.returncode == 0, done.stderr
+        seconds, kilobytes = map(float, done.stderr.split())
+        return seconds, kilobytes
+
+    help_alone = min(measure("inspect", "--help") for _ in range(3))[0]
     for option in ([], ["--json"], ["--recipe"]):
-        measured = []
-        for _ in range(3):
-            done = subprocess.run(
-                [sys.executable, "-c", script, "inspect", str(path), *option],
-                capture_output=True,
-                text=True,
-                check=False,
-                env=environment,
-            )
-            assert done.returncode == 0, done.stderr
-            seconds, kilobytes = map(float, done.stderr.split())
-            measured.append(seconds)
-            assert kilobytes < 150_000
-        assert min(measured) <= 0.5, option
+        measured = [measure("inspect", str(path), *option) for _ in range(3)]
+        assert max(kilobytes for _, kilobytes in measured) < 150_000
+        # Half a second; on a slow machine, by the time that a page of help takes there (a fifth of a second elsewhere).
+        assert min(measured)[0] <= max(0.5, 4 * help_alone), option

@@ -79,7 +79,7 @@ def test_every_recipe_runs_through_every_phase(name: str, tmp_path: Path) -> Non
 def test_every_sweep_resolves_and_one_run_of_it_works(name: str, tmp_path: Path) -> None:
     sweep = read_sweep(name, overrides=["data.source=digits"])
     assert {run.seed for run in sweep.runs} == {0, 1, 2}
-    assert all(run.resolved.recipe.model.name == "resnet10t" for run in sweep.runs)
+    assert len({run.resolved.recipe.model.name for run in sweep.runs}) == 1  # all is compared on the same network
     short = read_sweep(name, smoke=True)
     assert len(short.runs) == len(sweep.runs)
     last = short.runs[-1].resolved

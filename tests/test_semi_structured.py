@@ -28,6 +28,7 @@ from lbc_cli.exports.semi_structured.layout import decode, encode, from_matrix, 
 from lbc_cli.exports.semi_structured.manifest import Layer
 from lbc_cli.exports.semi_structured.reader import as_cutlass
 from lbc_cli.patterns import Pattern, holds
+from lbc_cli.runtime.backends import Cutlass
 from lbc_cli.targets import find_targets
 from lbc_cli.verifier import verify
 from tests.checkpoints import FakePruner, canonical, sealed
@@ -350,6 +351,16 @@ def test_loading_needs_a_model_and_sparse_tensors_need_a_gpu(exported: tuple[Pat
         load_tensors(exported[0], "cpu", as_sparse=True)
 
 
+def test_a_gpu_that_torchs_kernels_are_not_for_is_named(
+    exported: tuple[Path, nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
+    with pytest.raises(UsageError, match=r"compute capability 8\.x, H100 has 9\.0: use as_sparse=False"):
+        load_tensors(exported[0], as_sparse=True)
+
+
 def test_stored_tensors_are_those_of_the_torch_class(exported: tuple[Path, nn.Module]) -> None:
     path, model = exported
     with opened(path) as (file, header):
@@ -375,6 +386,10 @@ def test_stored_tensors_are_those_of_the_torch_class(exported: tuple[Path, nn.Mo
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_sparse_tensors_multiply_on_a_gpu(exported: tuple[Path, nn.Module]) -> None:
     path, model = exported
+    if Cutlass().why_not(torch.device("cuda"), torch.float16):
+        with pytest.raises(UsageError, match=r"are for compute capability 8\.x, .* use as_sparse=False"):
+            load_tensors(path, as_sparse=True)
+        return
     sparse = load_tensors(path, as_sparse=True)["fc1.weight"]
     dense = model.get_parameter("fc1.weight").detach().cuda()
     features = torch.randn(64, 120, dtype=torch.bfloat16, device="cuda")

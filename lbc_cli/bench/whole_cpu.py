@@ -44,6 +44,7 @@ from lbc_cli.bench.ways import (
 from lbc_cli.errors import UsageError
 from lbc_cli.runtime.clock import Times
 from lbc_cli.runtime.convert import Executed
+from lbc_cli.runtime.cpu_dense import packs
 from lbc_cli.runtime.executors import Executor
 from lbc_cli.runtime.fuse import fusion
 from lbc_cli.runtime.prepare import Prepared
@@ -117,7 +118,7 @@ class CpuBench:
         return sides, executed
 
     def _add_bfloat16(self, sides: dict[str, Ways], images: Tensor, place: str) -> None:
-        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        if not packs(torch.bfloat16):
             self.notes.add(f"{BF16} is left out: oneDNN has no bfloat16 on this processor")
             return
         sides[BF16] = dense_ways(self.prepared, images.to(torch.bfloat16), self.notes, f"{BF16}, {place}")

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-_DTYPES = (torch.float32, torch.bfloat16)
+
+def packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN computes in a dtype on this processor; not in bfloat16 on those that have AVX2 alone."""
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
 
 class PackedLayer(nn.Module):
@@ -71,7 +74,7 @@ def packed(layer: nn.Module) -> nn.Module:
         return layer
     assert isinstance(layer, nn.Linear | nn.Conv2d)
     weight = layer.weight
-    if weight.dtype not in _DTYPES or weight.device.type != "cpu" or not _takes(layer):
+    if weight.device.type != "cpu" or not packs(weight.dtype) or not _takes(layer):
         return layer
     return PackedLayer(layer).eval()
 

@@ -19,6 +19,7 @@ from lbc_cli.checkpoint.tensors import from_bytes
 from lbc_cli.errors import CheckpointError, ModelError, UsageError
 from lbc_cli.exports.semi_structured.layout import decode, from_matrix, is_canonical
 from lbc_cli.exports.semi_structured.manifest import META, PACKED, Manifest, parse_manifest
+from lbc_cli.runtime.backends import Cutlass
 
 
 class _File:
@@ -92,7 +93,7 @@ def load_tensors(
         Name -> tensor of the model; exactly the exported weights.
 
     Raises:
-        UsageError: if there is no such file, or no GPU for sparse tensors.
+        UsageError: if there is no such file, or no GPU that computes with such sparse tensors.
         CheckpointError: if the file is damaged or not canonical.
     """
     place = _device(device, as_sparse)
@@ -171,4 +172,6 @@ def _device(device: torch.device | str | None, as_sparse: bool) -> torch.device:
     if as_sparse and (place.type != "cuda" or not torch.cuda.is_available()):
         found = "none is there" if not torch.cuda.is_available() else f"not {place}"
         raise UsageError(f"semi-structured tensors compute on a CUDA GPU ({found}): use as_sparse=False elsewhere")
+    if as_sparse and (reason := Cutlass().why_not(place, torch.float16)):
+        raise UsageError(f"{reason}: use as_sparse=False, or lbc_cli.load(..., runtime='semi-structured')")
     return place
