@@ -168,7 +168,8 @@ def _load(
         return weights.create(found, wanted.model or None), {**images, "class_names": found.metrics.get("class_names")}
     if wanted.model:
         raise ModelError(f"teacher {wanted.teacher} is a timm model: distill.model is for files that name none")
-    return models.create(wanted.teacher, image_size=pixels.height, pretrained=True), {}
+    instead = "give a file as the teacher"
+    return models.create(wanted.teacher, image_size=pixels.height, pretrained=True, instead=instead), {}
 
 
 def _is_file(teacher: str) -> bool:

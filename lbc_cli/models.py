@@ -6,8 +6,10 @@ timm is imported inside the functions, after `check_torchvision`: with a torchvi
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -80,6 +82,7 @@ def create(
     drop_rate: float | None = None,
     drop_path_rate: float | None = None,
     kwargs: Mapping[str, Any] | None = None,
+    instead: str = "give init a file",
 ) -> nn.Module:
     """Create a timm model.
 
@@ -94,6 +97,7 @@ def create(
         drop_rate: dropout before the classifier; None: the model's own.
         drop_path_rate: stochastic depth; None: the model's own (0.1 for Swin, 0 for most).
         kwargs: further arguments of `timm.create_model`.
+        instead: what to do where pretrained weights are not to be had, for the message.
 
     Returns:
         The model on the CPU, in training mode.
@@ -108,8 +112,9 @@ def create(
     arguments = _merge(name, {key: value for key, value in chosen.items() if value is not None}, kwargs or {})
     arguments = _with_image_size(name, arguments, image_size)
     if pretrained:
-        _check_weights_exist(name)
-    model, arguments = _build(name, pretrained, arguments)
+        _check_weights_exist(name, instead)
+    with _quiet_hub():
+        model, arguments = _build(name, pretrained, arguments, instead)
     setattr(model, _RECORD, Created(name, arguments, image_size))
     if isinstance(init, Mapping):
         load_weights(model, init, "the weights given")
@@ -261,7 +266,8 @@ def check_fit(model: nn.Module, tensors: Tensors, source: str) -> None:
         ),
     ]
     if problems:
-        raise ModelError(f"{source} does not fit the model: {'; '.join(problems)}{_classifier_hint(model, sizes)}")
+        hint = _classifier_hint(model, own, tensors)
+        raise ModelError(f"{source} does not fit the model: {'; '.join(problems)}{hint}")
 
 
 def arguments_from(name: str, tensors: Tensors) -> dict[str, int]:
@@ -294,13 +300,20 @@ def _listed(what: str, names: Iterable[str], most: int = 3) -> list[str]:
     return [f"{what} {', '.join(every[:most])}{more}"] if every else []
 
 
-def _classifier_hint(model: nn.Module, sizes: Iterable[str]) -> str:
+def _classifier_hint(model: nn.Module, own: Tensors, tensors: Tensors) -> str:
+    """A word on the number of classes, if nothing else keeps weights from fitting."""
     config = getattr(model, "pretrained_cfg", None) or {}
     listed = config.get("classifier") or ()
     names = (listed,) if isinstance(listed, str) else tuple(listed)
-    if not any(size.rpartition(".")[0] in names for size in sizes):
+    classifier = [name for name in own if name.rpartition(".")[0] in names and name in tensors]
+    for name in classifier:
+        here, there = own[name].shape, tensors[name].shape
+        if here[1:] != there[1:] or here[:1] == there[:1]:
+            return ""
+    others = {name for name in own if name not in classifier and not name.endswith("num_batches_tracked")}
+    if not classifier or any(name not in tensors or tensors[name].shape != own[name].shape for name in others):
         return ""
-    return " (the classifier: the weights were trained on another number of classes than the data has)"
+    return " (the classifier: the weights were trained on another number of classes than the model has)"
 
 
 def _timm() -> Any:
@@ -360,14 +373,26 @@ def _pretrained_cfg(name: str) -> Any:
     return get_pretrained_cfg(name) or PretrainedCfg()
 
 
-def _check_weights_exist(name: str) -> None:
+@contextlib.contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Keep the hub's client from telling of every retry: what comes of them is said once, as an error."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _check_weights_exist(name: str, instead: str) -> None:
     if not _pretrained_cfg(name).has_weights:
         others = _timm().list_pretrained(f"{name.partition('.')[0]}.*")
-        remedy = f"choose one of {', '.join(others[:5])}" if others else "train from scratch, or give init a file"
+        remedy = f"choose one of {', '.join(others[:5])}" if others else instead
         raise ModelError(f"timm has no pretrained weights for {name}: {remedy}")
 
 
-def _build(name: str, pretrained: bool, arguments: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+def _build(name: str, pretrained: bool, arguments: dict[str, Any], instead: str) -> tuple[nn.Module, dict[str, Any]]:
     """Create the model; returns it with the arguments it took."""
     try:
         return _timm().create_model(name, pretrained=pretrained, **arguments), arguments
@@ -375,12 +400,12 @@ def _build(name: str, pretrained: bool, arguments: dict[str, Any]) -> tuple[nn.M
         refused = [key for key in arguments if f"'{key}'" in str(error)]
         if refused == ["drop_path_rate"] and arguments["drop_path_rate"] == 0:
             # A model without stochastic depth has none: asking it for none is not a mistake.
-            return _build(name, pretrained, {k: v for k, v in arguments.items() if k != "drop_path_rate"})
+            return _build(name, pretrained, {k: v for k, v in arguments.items() if k != "drop_path_rate"}, instead)
         raise ModelError(_refusal(name, refused, error)) from error
     except Exception as error:
         if pretrained and not isinstance(error, AssertionError | KeyError):
             raise ModelError(
-                f"cannot load timm's pretrained weights for {name} ({_cause(error)}): {_weights_remedy()}"
+                f"cannot load timm's pretrained weights for {name} ({_cause(error)}): {_weights_remedy(instead)}"
             ) from error
         raise ModelError(f"cannot create {name} with {arguments}: {_cause(error)}") from error
 
@@ -393,7 +418,7 @@ def _refusal(name: str, refused: list[str], error: TypeError) -> str:
     return f"cannot create {name}: {_cause(error)}"
 
 
-def _weights_remedy() -> str:
+def _weights_remedy(instead: str) -> str:
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "TRUE", "YES", "ON"}:
-        return "HF_HUB_OFFLINE is set, so only cached weights can be used; unset it, or give init a file"
-    return "check the network, or give init a file"
+        return f"HF_HUB_OFFLINE is set, so only cached weights can be used; unset it, or {instead}"
+    return f"check the network, or {instead}"

@@ -10,7 +10,6 @@ run all do the same, but rank 0 alone has a folder.
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,7 +155,7 @@ class Outcome:
         file_bytes: size of the checkpoint.
         account: what the run has cost on paper.
         memory: bytes the method held at its peak, by kind.
-        seconds: of training and evaluation, in this process.
+        seconds: of training and evaluation, over all the sessions of the run.
     """
 
     result: FitResult
@@ -305,6 +304,7 @@ def _create(resolved: ResolvedRecipe, num_classes: int) -> nn.Module:
         num_classes=num_classes,
         image_size=resolved.recipe.data.image_size,
         pretrained=wanted.pretrained,
+        instead="give a file with --init",
         init=Path(wanted.init) if wanted.init else None,
         read=lambda path: weights.read(path).tensors,
         drop_rate=wanted.drop_rate,
@@ -381,10 +381,9 @@ def run(
     folder.summary.unlink(missing_ok=True)  # of a run that is extended
     log = folder.metrics(None if job.state is None else (int(job.state["epoch"]), int(job.state["step"])))
     recorder = _Recorder(log, reporter or NullReporter(), job)
-    start = time.perf_counter()
     noted = {"batch_size": job.resolved.recipe.data.batch_size, "teacher": distill.teacher_digest(job.task)}
     result = _fit(job, stop, recorder, lambda state: states.save(folder, {**state, **noted}))
-    seconds = time.perf_counter() - start
+    seconds = sum(record["seconds"] for record in result.history)
     report, ema_report = _save(job, folder, result)
     dense = sum(t.numel() * t.element_size() for t in job.model.state_dict().values())
     size = folder.model.stat().st_size

@@ -14,7 +14,8 @@ product of the blocks with a table [16, 90].
 
 Deviations
     * Their solver is a min-cost flow, for any M, and a 2-approximation for training; here M <= 4 and the optimum.
-    * Ties go to the first mask in lexicographic order (by rows, ones first).
+    * Ties go to the mask of larger magnitude where magnitudes are given, then to the first in lexicographic order (by
+      rows, ones first).
 """
 
 from __future__ import annotations
@@ -98,12 +99,13 @@ def block_masks(n: int, m: int) -> Tensor:
     return masks
 
 
-def transposable_mask(scores: Tensor, pattern: Pattern) -> Tensor:
+def transposable_mask(scores: Tensor, pattern: Pattern, magnitudes: Tensor | None = None) -> Tensor:
     """The transposable mask that keeps the largest sum of scores, block by block.
 
     Args:
         scores: [O, I, *K], O and I multiples of M; compared in float64.
         pattern: N:M with M <= 4 and without a vector.
+        magnitudes: of the shape of `scores`; their sum decides between masks that keep the same sum of scores.
 
     Returns:
         bool [O, I, *K] on the device of `scores`: N of M kept along O and along I.
@@ -118,8 +120,15 @@ def transposable_mask(scores: Tensor, pattern: Pattern) -> Tensor:
         raise PatternError(f"shape {list(scores.shape)}, pattern {pattern}: transposable masks need M <= 4, O % M == 0")
     masks = block_masks(n, m).to(scores.device)
     table = masks.flatten(1).double().T
-    blocks = scores.detach().reshape(out // m, m, inputs // m, m, -1).permute(0, 2, 4, 1, 3).reshape(-1, m * m)
-    parts = torch.split(blocks, _BLOCKS)
-    chosen = torch.cat([(part.double() @ table).argmax(dim=1) for part in parts])
+
+    def parts(values: Tensor) -> Iterable[Tensor]:
+        blocks = values.detach().reshape(out // m, m, inputs // m, m, -1).permute(0, 2, 4, 1, 3)
+        return torch.split(blocks.reshape(-1, m * m), _BLOCKS)
+
+    sums = (part.double() @ table for part in parts(scores))
+    if magnitudes is not None:
+        sizes = (part.double() @ table for part in parts(magnitudes))
+        sums = (size.where(kept == kept.amax(1, keepdim=True), -1) for kept, size in zip(sums, sizes, strict=True))
+    chosen = torch.cat([kept.argmax(dim=1) for kept in sums])
     kept = masks[chosen].reshape(out // m, inputs // m, -1, m, m).permute(0, 3, 1, 4, 2)
     return kept.reshape(out, inputs, *kernel).contiguous()

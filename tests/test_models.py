@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -228,6 +229,7 @@ def _more_classes(state: dict[str, Tensor]) -> dict[str, Tensor]:
         (_without, r"missing conv1\.0\.weight"),
         (_prefixed, r"missing conv1.* and \d+ more; unexpected module\..* and \d+ more"),
         (_reshaped, r"conv1\.0\.weight is \[1, 2\] there and \[\d+, 3, 3, 3\] in the model$"),
+        (lambda state: _without(_more_classes(state)), r"and \[5\] in the model$"),  # the classes are not all of it
         (_more_classes, r"fc\.weight is \[1000, \d+\] there and \[5, \d+\] in the model.*another number of classes"),
     ],
 )
@@ -264,7 +266,7 @@ def test_pretrained_where_there_are_no_weights() -> None:
 
     trained = {name.partition(".")[0] for name in timm.list_pretrained()}
     name = next(name for name in timm.list_models("vit_*") if name not in trained)
-    with pytest.raises(ModelError, match=f"timm has no pretrained weights for {name}: train from scratch") as caught:
+    with pytest.raises(ModelError, match=f"timm has no pretrained weights for {name}: give init a file") as caught:
         models.create(name, pretrained=True)
     one_line(caught)
 
@@ -282,8 +284,21 @@ def test_pretrained_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
         models.create(TINY, pretrained=True)
     assert "check the network, or give init a file" in one_line(caught)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ModelError, match="HF_HUB_OFFLINE is set"):
+    with pytest.raises(ModelError, match=r"HF_HUB_OFFLINE is set, .*; unset it, or name another"):
+        models.create(TINY, pretrained=True, instead="name another")
+
+
+def test_the_hubs_retries_are_not_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    import timm.models._builder as builder
+
+    def unreachable(*_: object, **__: object) -> None:
+        logging.getLogger("huggingface_hub.utils").warning("Retrying in 8s [Retry 5/5].")
+        raise OSError("no route")
+
+    monkeypatch.setattr(builder, "load_state_dict_from_hf", unreachable)
+    with pytest.raises(ModelError, match="no route"):
         models.create(TINY, pretrained=True)
+    assert "Retrying" not in caplog.text
 
 
 def test_pretrained_weights_arrive(monkeypatch: pytest.MonkeyPatch) -> None:

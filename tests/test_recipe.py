@@ -401,6 +401,7 @@ def test_a_value_that_a_child_corrects_is_no_problem(write: Write) -> None:
         ("[train]\nepochs = true", "train.epochs: true is a boolean, but an integer is expected"),
         ("[optimizer]\nlr = inf", "optimizer.lr: inf must be a finite number"),
         ("[optimizer]\nlr = nan", "optimizer.lr: nan must be a finite number"),
+        ("[train]\nema_decay = 0.9", "mine.toml:2: train.ema_decay: no average is taken to which ema_decay applies"),
         ("[train]\nema_decay = 1.5", "train.ema_decay: 1.5 must be less than or equal to 1"),
         ("[train]\ndevice = 2022-01-01", "train.device: 2022-01-01 is a date, but a string in quotes is expected"),
         ("[sparsity]\nlayers = {'x' = 4}", "mine.toml:2: sparsity.layers.x: 4 is an integer, but a string"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -187,6 +188,8 @@ def test_run_folders_of_a_stopped_and_a_whole_run_hold_the_same(workers: int, tm
             assert one.read_bytes() == other.read_bytes()
     logs = [without_times(records(f)) for f in (whole, folder)]
     assert logs[0] == logs[1]
+    spent = json.loads(folder.summary.read_text(encoding="utf-8"))["seconds"]  # in every session
+    assert spent == sum(record["seconds"] for record in records(folder) if record["kind"] == "epoch")
 
 
 def weights(path: Path) -> dict[str, Any]:
@@ -196,8 +199,6 @@ def weights(path: Path) -> dict[str, Any]:
 
 
 def records(folder: RunFolder) -> list[dict[str, Any]]:
-    import json
-
     return [json.loads(line) for line in folder.metrics_jsonl.read_text().splitlines()]
 
 

@@ -25,7 +25,7 @@ from lbc_cli.cli import app
 from lbc_cli.errors import OutputError, RecipeError, UsageError
 from lbc_cli.recipe import resolve
 from lbc_cli.runs import RunFolder
-from lbc_cli.sweeps import RunState, Sweep, SweepFolder, Task, carry_out, read_sweep, summarise
+from lbc_cli.sweeps import RunState, Sweep, SweepFolder, Task, carry_out, check_files, read_sweep, summarise
 
 BASE = 'extends = "digits"\n[model]\nname = "test_resnet"\n[augment]\nhflip = 0.0\n'
 Write = Callable[[str], Path]
@@ -110,6 +110,35 @@ def test_each_seed_begins_with_the_run_of_that_seed(write: Write) -> None:
     assert sweep.runs[0].resolved.provenance["distill.teacher"] == "--set"
     # The file does not hinder a smoke run, which may come before it.
     assert read_sweep(path, smoke=True).runs[0].resolved.recipe.model.init == ""
+
+
+def test_files_of_runs_that_come_first_must_be_there(write: Write, tmp_path: Path) -> None:
+    made = tmp_path / "a-seed2.safetensors"
+    path = write(f'model.init = ["{tmp_path}/a-seed{{seed}}.safetensors"]\nseeds = [2, 7]')
+    for more in ((), ("--dry-run",)):
+        result = lbc("sweep", path, "--out", tmp_path / "out", *more)
+        assert result.exit_code == 2
+        assert f"model.init = '{made}' is not there, and 1 more: the runs that make such" in " ".join(
+            result.stderr.split()
+        )
+    assert not (tmp_path / "out").exists()
+    check_files(read_sweep(path, smoke=True).runs)
+    made.touch()
+    with pytest.raises(UsageError, match=r"a-seed7\.safetensors' is not there: the runs"):
+        check_files(read_sweep(path).runs)
+
+
+def test_sweeps_and_recipes_are_not_taken_for_each_other() -> None:
+    for command, words in (
+        (("sweep", "digits"), "digits is a recipe: lbc train --recipe digits"),
+        (("train", "--recipe", "sweeps/methods"), "sweeps/methods is a sweep: lbc sweep sweeps/methods"),
+        (("sweep", "sweeps/method"), "a shipped name: 9 in sweeps/ (lbc recipe list). Did you mean 'sweeps/methods'?"),
+    ):
+        result = lbc(*command)
+        assert result.exit_code == 2
+        assert words in " ".join(result.stderr.split())
+    listed = json.loads(lbc("recipe", "list", "--json").stdout)
+    assert listed["sweeps/methods"] == "Which method keeps most accuracy, with the same settings for all"
 
 
 def test_names_stay_apart_and_short(write: Write) -> None:

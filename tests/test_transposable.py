@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from lbc_cli import oneshot, training
+from lbc_cli import checkpoint, oneshot, training
+from lbc_cli.checkpoint import save
 from lbc_cli.cli import app
-from lbc_cli.errors import MethodError, PatternError
+from lbc_cli.errors import MethodError, PatternError, UsageError
 from lbc_cli.methods import attach
 from lbc_cli.patterns import Pattern
 from lbc_cli.recipe import resolve
@@ -21,6 +22,7 @@ from lbc_cli.runs import RunFolder
 from lbc_cli.smoke import smoke
 from lbc_cli.transposable import block_masks, transposable_mask
 from lbc_cli.verifier import verify
+from tests.checkpoints import FakePruner, SmallNet
 from tests.reference import best_transposable_block
 
 
@@ -122,7 +124,9 @@ def test_a_run_ends_with_both_directions_and_verify_sees_them(method: str, more:
     masks = trained.pruner.masks()
     assert masks
     assert all(both_ways(mask, 2, 4) for mask in masks.values())
-    assert verify(folder.model, transposable=True).ok
+    found = verify(folder.model)
+    assert found.ok
+    assert found.transposable  # the checkpoint says so
     called = CliRunner().invoke(app, ["verify", str(folder.model), "--transposable"])
     assert called.exit_code == 0
 
@@ -151,6 +155,58 @@ def test_verify_counts_what_breaks_the_other_direction(tmp_path: Path) -> None:
     assert f"layer1.0.conv1.weight: (o=0..3, k=(0, 0), i={i}) uses 3: 2:4 allows 2 of 4" in finding.message
     called = CliRunner().invoke(app, ["verify", str(tmp_path / "d.safetensors"), "--pattern", "2:4", "--transposable"])
     assert called.exit_code == 3
+
+
+def test_a_checkpoint_that_claims_both_directions_is_held_to_it(tmp_path: Path) -> None:
+    class Claims(FakePruner):
+        transposable = True
+
+    model = SmallNet()
+    save(model, tmp_path / "c.safetensors", pruner=Claims(model, {"fc1.weight": "2:4"}))
+    found = verify(tmp_path / "c.safetensors")
+    assert {(finding.rule, finding.tensor) for finding in found.findings} == {("transposed", "fc1.weight")}
+    model = SmallNet()
+    save(model, tmp_path / "p.safetensors", pruner=FakePruner(model, {"fc1.weight": "2:4"}))
+    assert verify(tmp_path / "p.safetensors").ok
+    shown = CliRunner().invoke(app, ["verify", str(tmp_path / "c.safetensors")])
+    assert shown.exit_code == 3
+    assert "along input and along output channels" in shown.stdout
+
+
+def test_where_nothing_holds_a_pattern_there_is_nothing_to_pass(tmp_path: Path) -> None:
+    model = SmallNet()
+    save(model, tmp_path / "dense.safetensors")
+    found = verify(tmp_path / "dense.safetensors", transposable=True)
+    assert [finding.message for finding in found.findings] == [
+        "no layer holds a pattern, so that none holds it along the output channels"
+    ]
+    save_file(model.state_dict(), tmp_path / "plain.safetensors")
+    for more in ({"against": tmp_path / "dense.safetensors"}, {"values_only": True}, {}):
+        with pytest.raises(UsageError, match="does not say which pattern it holds: name it with --pattern"):
+            verify(tmp_path / "plain.safetensors", transposable=True, **more)
+
+
+def test_between_masks_of_the_same_score_magnitude_decides() -> None:
+    sizes = torch.rand(8, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    scores = torch.zeros(8, 8, dtype=torch.float64)
+    scores[:4, :4] = torch.rand(4, 4, generator=torch.Generator().manual_seed(6))
+    mask = transposable_mask(scores, Pattern(2, 4), sizes)
+    assert torch.equal(mask[:4, :4], transposable_mask(scores, Pattern(2, 4))[:4, :4])
+    assert torch.equal(mask[4:], transposable_mask(sizes, Pattern(2, 4))[4:])
+
+
+@pytest.mark.parametrize("method", ["taylor", "wanda"])
+def test_scores_of_images_choose_masks_that_hold_both_ways_and_keep_them(method: str, tmp_path: Path) -> None:
+    start = oneshot.from_name("test_resnet", weights="random", seed=0, kwargs={"num_classes": 10})
+    given = {"data": "digits", "overrides": ["data.image_size=32"], "calibration": 32}
+    oneshot.prune(start, pattern="2:4", method=method, out=tmp_path / "w", transposable=True, permute=True, **given)
+    assert verify(tmp_path / "w").transposable
+    overrides = ["method.transposable=true", "train.epochs=1", "schedule.warmup_epochs=0"]
+    flags = {"model.name": "test_resnet", "model.init": str(tmp_path / "w"), "method.name": "asp"}
+    job = training.prepare(resolve("digits", overrides=overrides, flags={**flags, "data.source": "digits"}))
+    job.pruner.begin_epoch(0)
+    held = checkpoint.load(tmp_path / "w").state_dict()
+    assert all(torch.equal(mask, held[name] != 0) for name, mask in job.pruner.masks().items())
 
 
 def test_transposable_keeps_less_magnitude_than_free_masks_and_more_than_chance(tmp_path: Path) -> None:

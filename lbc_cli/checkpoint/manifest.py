@@ -14,7 +14,8 @@
       method        name of the method, "dense" if none
       phase         "final", or "training" while candidates are not single yet: then nothing is stored as sparse
       epoch         integer or null
-      metrics       {...}; a number that is not finite is the string "NaN", "Infinity" or "-Infinity"
+      metrics       {...}; a number that is not finite is the string "NaN", "Infinity" or "-Infinity";
+                    "transposable": true claims that every sparse tensor holds its pattern along the output channels too
       recipe        the resolved recipe as TOML, "" if none
       environment   {...}: versions and hardware; no paths, hosts or users
                     (nothing in the manifest is nested deeper than 64 levels)

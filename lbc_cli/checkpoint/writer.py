@@ -124,7 +124,7 @@ def save(
             against their patterns; those without a pattern are stored dense, and their non-zeros are recorded. Before,
             everything is dense. None: everything is dense.
         arch: {"arch", "kwargs", "task"} to create the model again; None: derived from a timm model, unknown for others.
-        metrics: what was measured; JSON.
+        metrics: what was measured; JSON. `transposable: true` joins it where the final masks of the pruner are.
         recipe: the resolved recipe as TOML.
         epoch: None: the pruner's.
         tensors: a state dict to store in place of the model's own, such as an average of its weights.
@@ -153,12 +153,18 @@ def save(
             method="dense" if pruner is None else str(pruner.method),
             phase="final" if pruner is None else pruner.phase,
             epoch=pruner.epoch if epoch is None and pruner is not None else epoch,
-            metrics=dict(metrics or {}),
+            metrics={**(metrics or {}), **_claims(pruner)},
             recipe=recipe,
             environment=environment(),
         )
         _check_free(path, overwrite)
         _write(path, manifest, content.infos, content.data)
+
+
+def _claims(pruner: PrunerLike | None) -> dict[str, Any]:
+    """What final masks hold beside their patterns."""
+    final = pruner is not None and pruner.phase == "final"
+    return {"transposable": True} if final and getattr(pruner, "transposable", False) else {}
 
 
 def _write(

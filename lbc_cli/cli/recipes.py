@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Annotated
 
 import typer
@@ -19,15 +20,20 @@ def list_recipes(*, as_json: AsJson = False) -> None:
 
     console = make_console()
     found = {name: resolve(name).recipe.description for name in shipped_recipes()}
+    sweeps = {name: _asked(path.read_text("utf-8")) for name, path in shipped_sweeps().items()}
     if as_json:
-        console.json(found)
+        console.json(found | sweeps)
     else:
         rows = [list(item) for item in found.items()]
         console.result(table("Shipped recipes", {"recipe": "left", "for": "left"}, rows))
-        sweeps = [
-            [name, path.read_text("utf-8").partition("\n")[0].lstrip("# ")] for name, path in shipped_sweeps().items()
-        ]
-        console.result(table("Shipped sweeps", {"sweep": "left", "what it asks": "left"}, sweeps))
+        rows = [list(item) for item in sweeps.items()]
+        console.result(table("Shipped sweeps", {"sweep": "left", "what it asks": "left"}, rows))
+
+
+def _asked(text: str) -> str:
+    """The first sentence of the comment that a file begins with."""
+    comment = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
+    return " ".join(line.lstrip("# ") for line in comment).partition(". ")[0]
 
 
 @reported

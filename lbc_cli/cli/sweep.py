@@ -42,7 +42,7 @@ def sweep(
     run, and the table of means, standard deviations and numbers as CSV, Markdown and JSON.
     """
     console = make_console(quiet, verbose)
-    from lbc_cli.sweeps import SweepFolder, read_sweep
+    from lbc_cli.sweeps import RunState, SweepFolder, check_files, read_sweep
     from lbc_cli.trackers import check_trackers
 
     wanted = read_sweep(file, overrides=override or [], smoke=smoke)
@@ -51,6 +51,7 @@ def sweep(
     folder = SweepFolder(out if out is not None else Path("runs") / wanted.name)
     folder.check()
     states = folder.states(wanted)
+    check_files(run for run in wanted.runs if states[run.name] is not RunState.DONE)
     _announce(wanted, folder, console)
     if dry_run:
         _list(wanted, states, console, as_json)

@@ -69,6 +69,8 @@ class Pruner(abc.ABC):
     """
 
     method: ClassVar[str]
+    transposable = False
+    """Whether final masks hold their pattern along the output channels too; a checkpoint says so, and is checked."""
     sparse_passes: ClassVar[int] = 3
     """Of the three products of a training step with a weight, how many are counted at the weight's density, the others
     as dense; `flops.step_share` has the arithmetic and the conventions."""

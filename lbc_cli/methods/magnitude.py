@@ -8,7 +8,7 @@ Mishra, Latorre, Pool, Stosic, Stosic, Venkatesh, Yu, Micikevicius: "Acceleratin
     from then on                     W <- mask * W: training with the mask as it is
 
 With `dense_epochs = 0`, the default, the given weights are pruned at once (`--pretrained`, `--init FILE`; weights that
-hold the pattern already keep it).
+hold the pattern already keep it; with `transposable` those that hold it in both directions).
 
 Deviations
     * One run has one learning-rate schedule. Theirs begins anew after pruning: to have that, train dense in one run and
@@ -73,6 +73,7 @@ class Asp(Pruner):
         if options.transposable:
             check_layers(selection.targets)
         self.options = options
+        self.transposable = options.transposable
         super().__init__(optimizer, selection, epochs)
         self._removed: dict[str, Tensor] = {}
 

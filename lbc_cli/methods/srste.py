@@ -102,6 +102,7 @@ class SrSte(ShadowPruner):
         if options.transposable:
             check_layers(selection.targets)
         self.options = options
+        self.transposable = options.transposable
         self.ramp = options.ramp(epochs)
         super().__init__(optimizer, selection, epochs)
         self._kept = {t.name: t.pattern.m for t in self.targets}

@@ -106,7 +106,7 @@ def transposable_mask_by(scores: Tensor, target: Target) -> Tensor:
         MethodError: if a score is not finite.
     """
     _check_finite(scores, target)
-    return transposable_mask(scores, target.pattern)
+    return transposable_mask(scores, target.pattern, target.weight.detach().double().abs())
 
 
 def _check_finite(scores: Tensor, target: Target) -> None:

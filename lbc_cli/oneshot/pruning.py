@@ -169,7 +169,7 @@ def prune(
     work = _Work(start, request, find_targets(start.model, parsed, layers), progress)
     pruned, measured = work.run()
     seconds = {"model and weights": start.seconds, **work.seconds}
-    title = f"{start.arch} · {method} {parsed}"
+    title = f"{start.arch} · {method} {parsed}{' transposable' if transposable else ''}"
     return finish(start, title, pruned, path, seconds, (*work.notes, *start.notes), measured)
 
 
@@ -216,7 +216,8 @@ class _Work:
         calibrated = self._calibrated(view)
         measured = Measured(calibrated, permutation, before, after, renewed)
         facts = _facts(permutation, view, calibrated)
-        return Pruned(self.request.method, self.selection, chosen.masks, rows, facts), measured
+        transposable = self.request.transposable
+        return Pruned(self.request.method, self.selection, chosen.masks, rows, facts, transposable), measured
 
     @contextlib.contextmanager
     def _timed(self, what: str) -> Iterator[None]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,23 +66,12 @@ def from_name(
         return from_weights(read(Path(weights), key), name, kwargs, began)
     if key is not None:
         raise UsageError(f"key {key!r} names an entry of a weight file: there is none with weights={str(weights)!r}")
-    with torch.random.fork_rng(devices=[]), _quiet_hub():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = models.create(name, pretrained=str(weights) == PRETRAINED, kwargs=kwargs)
+        instead = "name a file with --weights"
+        model = models.create(name, pretrained=str(weights) == PRETRAINED, kwargs=kwargs, instead=instead)
     origin = f"timm's {name}" if str(weights) == PRETRAINED else f"random, seed {seed}"
     return Start(model, name, origin, seconds=time.perf_counter() - began)
-
-
-@contextlib.contextmanager
-def _quiet_hub() -> Iterator[None]:
-    """Keep the hub's client from telling of every retry: what comes of them is said once, as an error."""
-    logger = logging.getLogger("huggingface_hub")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def from_file(

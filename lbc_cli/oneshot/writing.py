@@ -30,6 +30,7 @@ class Pruned:
         final: parameter name -> bool mask.
         layers: to report.
         facts: what else the checkpoint says of itself.
+        transposable: whether the masks hold their pattern along the output channels too.
     """
 
     method: str
@@ -37,6 +38,7 @@ class Pruned:
     final: Mapping[str, Tensor]
     layers: tuple[PrunedLayer, ...]
     facts: Mapping[str, Any] = field(default_factory=dict)
+    transposable: bool = False
     phase: str = "final"
     epoch: Any = None
 

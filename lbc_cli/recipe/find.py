@@ -86,6 +86,9 @@ def _find(reference: str | Path, beside: Path | None, shipped: dict[str, Path]) 
     name = str(reference)
     if name in shipped:
         return shipped[name]
+    if name in _shipped():
+        other = f"a sweep: lbc sweep {name}" if name.startswith(SWEEPS) else f"a recipe: lbc train --recipe {name}"
+        raise RecipeError([f"{name} is {other}"])
     raise RecipeError([_missing(name, path, shipped)])
 
 
@@ -101,7 +104,8 @@ def _listed(names: Iterable[str]) -> str:
     """The names, those in folders only by number."""
     top = [name for name in names if "/" not in name]
     folders = Counter(name.rpartition("/")[0] for name in names if "/" in name)
-    return ", ".join([*top, *(f"and {count} in {folder}/ (lbc recipe list)" for folder, count in folders.items())])
+    listed = [*top, *(f"{count} in {folder}/ (lbc recipe list)" for folder, count in folders.items())]
+    return " and ".join([", ".join(listed[:-1]), listed[-1]] if listed[1:] else listed)
 
 
 def recipe_for(model: str, data: str) -> tuple[str, str]:

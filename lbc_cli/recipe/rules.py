@@ -168,6 +168,13 @@ def _teacher(recipe: Recipe) -> Iterator[Finding]:
             yield Finding((("distill", key),), f"there is no teacher to which {key} applies: set distill.teacher")
 
 
+def _average(recipe: Recipe) -> Iterator[Finding]:
+    train = recipe.train
+    if not train.ema and train.ema_decay != type(train).model_fields["ema_decay"].default:
+        text = "no average is taken to which ema_decay applies: set train.ema = true, or leave ema_decay out"
+        yield Finding((("train", "ema_decay"),), text)
+
+
 def _track(recipe: Recipe) -> Iterator[Finding]:
     if "wandb" in recipe.track.tools:
         return
@@ -207,6 +214,7 @@ _RULES: tuple[Callable[[Recipe], Iterator[Finding]], ...] = (
     _crop,
     _jitter,
     _teacher,
+    _average,
     _track,
     _plain_values,
 )

@@ -148,6 +148,7 @@ def _verify_facts(report: Report) -> dict[str, str]:
         "phase": report.phase,
         "method": report.method,
         "manifest": report.digest,
+        "patterns": "along input and along output channels" if report.transposable else None,
     }
     if model := report.model:
         arguments = ", ".join(f"{key}={value}" for key, value in model["kwargs"].items())

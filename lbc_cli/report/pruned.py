@@ -86,8 +86,10 @@ def _facts(outcome: Outcome) -> dict[str, str]:
     if measured.batch_norms:
         facts["batch norms"] = f"statistics of {measured.batch_norms} renewed"
     if found := measured.permutation:
+        # It looks for what helps N:M along the input channels, whatever masks come after it.
+        masks = "by masks along the input channels alone " if outcome.report.transposable else ""
         facts["permuted"] = (
-            f"{found.permuted} of {plural(len(found.sets), 'set')} of channels; kept |w| of all sparse layers "
+            f"{found.permuted} of {plural(len(found.sets), 'set')} of channels; kept |w| of all sparse layers {masks}"
             f"{format_percent(found.before)} -> {format_percent(found.after)}; logits before pruning differ by "
             f"{found.difference:.0e}"
         )

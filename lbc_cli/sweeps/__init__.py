@@ -7,7 +7,7 @@ tables    mean, deviation and number over the seeds; CSV, Markdown, JSON
 """
 
 from lbc_cli.sweeps.folder import RunState, SweepFolder
-from lbc_cli.sweeps.grid import Run, Sweep, read_sweep
+from lbc_cli.sweeps.grid import Run, Sweep, check_files, read_sweep
 from lbc_cli.sweeps.tables import Cell, Statistic, SweepSummary, summarise
 from lbc_cli.sweeps.workers import Ended, Task, carry_out
 
@@ -22,6 +22,7 @@ __all__ = [
     "SweepSummary",
     "Task",
     "carry_out",
+    "check_files",
     "read_sweep",
     "summarise",
 ]

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,24 @@ def read_sweep(path: str | Path, *, overrides: Sequence[str] = (), smoke: bool =
     runs = _expand(axes, _Resolver(chain, file.stem, overrides, smoke))
     headings = tuple(axis.heading for axis in axes if axis.keys != {SEED})
     return Sweep(file.stem, file.read_text(encoding="utf-8-sig"), headings, tuple(runs))
+
+
+def check_files(runs: Iterable[Run]) -> None:
+    """Refuse runs that begin with, or learn from, files that are not there.
+
+    Raises:
+        UsageError: naming the first file, and how many there are.
+    """
+    missing: dict[str, str] = {}
+    for run in runs:
+        recipe = run.resolved.recipe
+        for key, name in zip(_FILES, (recipe.model.init, recipe.distill.teacher), strict=True):
+            if (key == _FILES[0] or "/" in name or Path(name).suffix == ".safetensors") and name:
+                missing |= {} if Path(name).exists() else {name: key}
+    if missing:
+        name, key = next(iter(missing.items()))
+        more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UsageError(f"{key} = {name!r} is not there{more}: the runs that make such files come first")
 
 
 def _check_overrides(axes: Sequence[Axis], overrides: Sequence[str]) -> None:

@@ -1,8 +1,8 @@
 """Runs carried out by processes of their own, several at a time, with one thread of torch each.
 
 One thread each: then a run's bits depend neither on how many others are at work nor on the machine's cores.
-SIGINT and SIGTERM reach the parent, which asks its processes to end in order; each saves the state of its last epoch. A
-process whose parent has died ends in the same way.
+SIGINT and SIGTERM reach the parent, which asks its processes to end in order; each saves the state after its last
+update. A process whose parent has died ends in the same way.
 """
 
 from __future__ import annotations

@@ -61,7 +61,8 @@ def verify(
         model: timm name; names and shapes must be that model's, and it says which layers take the pattern.
         against: another artefact, of any kind, that must hold the same weights.
         values_only: without a pattern, look at the values of an artefact that carries none, instead of refusing it.
-        transposable: every layer must hold its pattern along the output channels too.
+        transposable: every layer must hold its pattern along the output channels too. Checkpoints that claim it are
+            held to it in any case.
 
     Returns:
         The report; `ok` is False if the file is damaged, violates a pattern, or differs from model or `against`.
@@ -71,13 +72,13 @@ def verify(
             nothing, or an artefact that carries no pattern is given without one.
     """
     rules = LayerRules.parse(pattern, layers)
-    report = Report(str(path))
+    report = Report(str(path), transposable=transposable)
     free = values_only or model is not None or against is not None
     try:
         with open_artefact(Path(path)) as artefact:
             report.kind = artefact.kind
-            _verify(artefact, rules, model, free, report)
-            if transposable and not _DAMAGE & {finding.rule for finding in report.findings}:
+            _verify(artefact, rules, model, free and not transposable, report)
+            if report.transposable and not _DAMAGE & {finding.rule for finding in report.findings}:
                 check_transposed(artefact, report)
             if against is not None:
                 _check_against(artefact, Path(against), report)

@@ -29,6 +29,7 @@ def check_checkpoint(artefact: Artefact, rules: LayerRules, report: Report) -> N
     source = artefact.source
     claims = read_claims(source)
     report.phase, report.method, report.digest = claims.phase, claims.method, claims.digest
+    report.transposable = report.transposable or claims.transposable
     if claims.phase == "training":
         message = "saved while training: groups still have several candidates, so no pattern is claimed yet"
         report.add(Finding("phase", "", message, 1, "warning"))

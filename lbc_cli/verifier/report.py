@@ -11,6 +11,7 @@ added. Version 1:
     phase     "final" or "training", null where the file does not say
     method    how it was pruned, null where the file does not say
     digest    SHA-256 of the manifest, null where there is none
+    transposable  whether the patterns were checked along the output channels too: asked, or claimed by the checkpoint
     findings  list of {rule, tensor, message, count, level: "error" | "warning", groups}; tensor is "" for the file as a
               whole, groups lists the first violating groups: {number, outputs: [first, last], kernel: [...],
               inputs: [first, last], used, values: [one line for each output channel]}
@@ -132,6 +133,8 @@ class Report:
     method: str | None = None
     digest: str | None = None
     """SHA-256 of the manifest: it identifies the content of a checkpoint."""
+    transposable: bool = False
+    """The patterns are checked along the output channels too: that is asked, or the checkpoint claims it."""
     findings: list[Finding] = field(default_factory=list)
     layers: list[LayerReport] = field(default_factory=list)
     counted: list[CountedReport] = field(default_factory=list)

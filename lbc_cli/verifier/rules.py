@@ -51,6 +51,8 @@ class Claims:
     unstructured: dict[str, int]
     arch: str | None
     kwargs: dict[str, Any]
+    transposable: bool
+    """Whether the packed tensors hold their patterns along the output channels too."""
 
 
 def is_ours(source: Source) -> bool:
@@ -140,7 +142,15 @@ def _claims(source: Source, manifest: Any, digest: str) -> Claims:
     digests = {name: value["sha256"] for name, value in manifest["tensors"].items()}
     arch, kwargs = manifest["model"]["arch"], manifest["model"]["kwargs"]
     return Claims(
-        manifest["phase"], manifest["method"], digest, digests, packed, manifest["unstructured"], arch, kwargs
+        phase=manifest["phase"],
+        method=manifest["method"],
+        digest=digest,
+        digests=digests,
+        packed=packed,
+        unstructured=manifest["unstructured"],
+        arch=arch,
+        kwargs=kwargs,
+        transposable=manifest["metrics"].get("transposable") is True,
     )
 
 

@@ -24,6 +24,9 @@ def check_transposed(artefact: Artefact, report: Report) -> None:
         report: of the same artefact, its layers checked; updated in place.
     """
     rules = {layer.name: parse_rule(layer.pattern) for layer in report.layers}
+    if not rules:
+        told = "no layer holds a pattern, so that none holds it along the output channels"
+        report.add(Finding("transposed", "", told))
     for content in contents(artefact):
         if rule := rules.get(content.name):
             _check(content, rule, report)
