@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 import lbc_cli
 from lbc_cli.cli import app
-from lbc_cli.recipe import shipped_recipes
+from lbc_cli.recipe import shipped_recipes, shipped_sweeps
 
 TINY = ["--set", "data.image_size=32", "--set", "data.batch_size=64", "--set", "schedule.warmup_epochs=1"]
 
@@ -283,7 +283,7 @@ def test_verify_tells_a_missing_file_from_a_damaged_one(tmp_path: Path) -> None:
 
 def test_recipes_can_be_listed_shown_and_described() -> None:
     listed = json.loads(lbc("recipe", "list", "--json").stdout)
-    assert set(listed) == set(shipped_recipes())
+    assert set(listed) == {*shipped_recipes(), *shipped_sweeps()}
     assert all(listed.values())
     shown = lbc("recipe", "show", "digits", "--set", "train.epochs=3").stdout
     assert "epochs = 3" in shown

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -378,20 +377,3 @@ def test_the_generator_is_left_alone(tmp_path: Path) -> None:
     assert torch.equal(torch.rand(2), expected)
     assert made.model.training
     assert models.created(made.model) is not None
-
-
-def test_the_hub_client_does_not_tell_of_every_retry(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    logger = logging.getLogger("huggingface_hub.utils._http")
-
-    def create(*args: Any, **kwargs: Any) -> nn.Module:
-        logger.warning("Retrying in 1s [Retry 1/5].")
-        raise ModelError("no network")
-
-    monkeypatch.setattr("lbc_cli.models.create", create)
-    level = logger.getEffectiveLevel()
-    with pytest.raises(ModelError, match="no network"):
-        oneshot.from_name("resnet18")
-    assert not caplog.records
-    assert logger.getEffectiveLevel() == level

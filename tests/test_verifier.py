@@ -68,7 +68,7 @@ def test_json_is_stable(tmp_path: Path) -> None:
     parsed = json.loads(verify(tmp_path / "m").to_json())
     assert set(parsed) == {
         *("schema", "ok", "path", "kind", "phase", "method", "digest"),
-        *("findings", "layers", "counted", "dense", "model", "against", "accuracy"),
+        *("findings", "layers", "counted", "dense", "model", "against", "accuracy", "transposable"),
     }
     assert set(parsed["layers"][0]) == {"name", "shape", "pattern", "density", "groups", "under_filled"}
     assert set(parsed["dense"][0]) == {"name", "why", "shape"}
